@@ -1,0 +1,1 @@
+"""Everything sdseg does, free of any terminal."""

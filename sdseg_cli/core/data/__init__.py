@@ -1,0 +1,1 @@
+"""Files, cases, splits and prepared data sets; knows no model."""

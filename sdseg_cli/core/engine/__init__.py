@@ -1,0 +1,1 @@
+"""Training, prediction, evaluation and stability: where data, model and recipe meet."""

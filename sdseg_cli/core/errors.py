@@ -1,0 +1,37 @@
+"""The errors a user can meet. Each message says what, where, found, expected and the remedy."""
+
+
+class SdsegError(Exception):
+    """Something the user can mend; shown without a traceback and turned into ``exit_code``."""
+
+    exit_code = 1
+
+
+class UsageError(SdsegError):
+    """A wrong option, a missing file that was asked for by name, or a setting that makes no sense."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used; the message lists every mistake with its line."""
+
+
+class DataError(SdsegError):
+    """A file or data set that cannot be read or does not fit."""
+
+
+class ModelError(SdsegError):
+    """Weights, a model directory or a checkpoint that cannot be used."""
+
+
+class OutOfMemoryError(SdsegError):
+    """The device has too little memory even for the smallest batch."""
+
+
+class Interrupted(SdsegError):  # noqa: N818  (an end that was asked for, not a failure)
+    """The user or the system asked for the end; state is saved. ``exit_code`` is 130 or 143."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Networks, schedule, losses and the pipeline; knows no files but weights."""

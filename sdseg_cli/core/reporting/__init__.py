@@ -1,0 +1,1 @@
+"""Draws files (pictures, tables, pages), never the screen."""
