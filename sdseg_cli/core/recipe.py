@@ -139,7 +139,7 @@ def read_recipe(text: str, *, source: str = "recipe", overrides: Sequence[str] =
 
 def recipe_from_values(values: Mapping[str, Any]) -> Recipe:
     """Make a recipe from nested dictionaries, with the same checks and messages as for a file."""
-    return _validated(dict(values), _Report("recipe", Document()))
+    return _validated(dict(values), _Report(str(values.get("name", "without a name")), Document()))
 
 
 def _read_text(path: Path) -> str:
@@ -165,8 +165,7 @@ class _Report:
     mistakes: list[tuple[float, str]] = field(default_factory=list)
 
     def add_line(self, line: int | None, text: str) -> None:
-        place = f"{self.source}:{line}" if line else self.source
-        self.mistakes.append((line or 0, f"{place}: {text}"))
+        self.mistakes.append((line or 0, f"{self.source}:{line}: {text}" if line else text))
 
     def add_override(self, override: str, text: str) -> None:
         self.mistakes.append((math.inf, f"--set {override}: {text}"))
@@ -187,7 +186,7 @@ class _Report:
     def error(self) -> RecipeError:
         found = list(dict.fromkeys(text for _, text in sorted(self.mistakes, key=lambda item: item[0])))
         count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
-        listed = "\n".join(f"  {text}." for text in found)
+        listed = "\n".join(f"  {text}" if text.endswith("?") else f"  {text}." for text in found)
         return RecipeError(
             f"recipe '{self.source}' cannot be used: {count}.\n{listed}\n"
             "Every key with its unit and bounds is listed in docs/recipes.md."
@@ -267,8 +266,10 @@ def _report_invalid(error: ValidationError, values: dict[str, Any], report: _Rep
             report.add_key(path, f"{dotted} is not a key.{_nearest_key(path)}")
         elif path in keys:
             expected = f"expected {keys[path].form}"
-            found = "is missing" if detail["type"] == "missing" else f"found {_shown(_lookup(values, path))}"
-            report.add_key(path, f"{dotted}: {found}, {expected}")
+            value = _lookup(values, path)
+            found = "is missing" if detail["type"] == "missing" else f"found {_shown(value)}"
+            hint = _did_you_mean(value, keys[path].words) if isinstance(value, str) else ""
+            report.add_key(path, f"{dotted}: {found}, {expected}{hint and '.' + hint}")
         else:
             inner = [known[len(path)] for known in keys if known[: len(path)] == path]
             listed = ", ".join(dict.fromkeys(inner))
@@ -329,19 +330,20 @@ def _shown(value: Any) -> str:
 
 
 def _nearest_key(path: KeyPath) -> str:
-    """ " Did you mean ...?" for an unknown key: a neighbour first, then the same word elsewhere."""
+    """For an unknown key: a similar neighbour, else a similar key elsewhere, else all the neighbours."""
     keys = list(recipe_keys())
     depth = len(path)
-    neighbours = {
-        known[depth - 1] for known in keys if len(known) >= depth and known[: depth - 1] == path[:-1]
-    }
-    close = difflib.get_close_matches(path[-1], sorted(neighbours), 1, 0.6)
+    siblings = [known for known in keys if len(known) >= depth and known[: depth - 1] == path[:-1]]
+    close = difflib.get_close_matches(path[-1], sorted({known[depth - 1] for known in siblings}), 1, 0.6)
     if close:
         return f" Did you mean {'.'.join((*path[:-1], close[0]))}?"
-    elsewhere = [".".join(known) for known in keys if known[-1] == path[-1]]
-    if elsewhere:
-        return f" Did you mean {elsewhere[0]}?"
-    return _did_you_mean(".".join(path), [".".join(known) for known in keys])
+    leaves = {known[-1]: ".".join(known) for known in reversed(keys)}
+    close = difflib.get_close_matches(path[-1], sorted(leaves), 1, 0.75)
+    if close:
+        return f" Did you mean {leaves[close[0]]}?"
+    place = f"of {'.'.join(path[:-1])} " if siblings and depth > 1 else ""
+    listed = dict.fromkeys(known[depth - 1] for known in siblings) if depth > 1 else Recipe.model_fields
+    return f" The keys {place}are {', '.join(listed)}" if listed else ""
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -362,6 +364,7 @@ class Key:
     default: Any
     required: bool
     meaning: str
+    words: tuple[str, ...] = ()
 
 
 @cache
@@ -384,6 +387,7 @@ def _keys_of(model: type[BaseModel], path: KeyPath) -> Iterable[Key]:
             default=None if info.is_required() else info.default,
             required=info.is_required(),
             meaning=info.description or "",
+            words=_words(annotation, info.metadata),
         )
 
 
@@ -392,9 +396,8 @@ def _form(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     metadata = [*metadata]
     while get_origin(annotation) is Annotated:
         annotation, *more = get_args(annotation)
-        metadata += [
-            part for extra in more for part in (extra.metadata if isinstance(extra, FieldInfo) else [extra])
-        ]
+        for extra in more:
+            metadata += extra.metadata if isinstance(extra, FieldInfo) else [extra]
     for part in metadata:
         if isinstance(part, Form):
             return part.text
@@ -408,6 +411,16 @@ def _form(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if annotation is bool:
         return "true or false"
     return _number_form("a whole number" if annotation is int else "a number", metadata)
+
+
+def _words(annotation: Any, metadata: Sequence[Any]) -> tuple[str, ...]:
+    """Values that are words, to find a misspelt one."""
+    for part in metadata:
+        if isinstance(part, Form):
+            return part.words
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for branch in get_args(annotation) for word in _words(branch, ()))
 
 
 def _bounds(metadata: Sequence[Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _value_of(node: yaml.Node | None, path: KeyPath, document: Document) -> Any:
     if isinstance(node, yaml.SequenceNode):
         _check_tag(node, "tag:yaml.org,2002:seq", document)
         return [_value_of(item, (*path, str(index)), document) for index, item in enumerate(node.value)]
-    if node.style is None and node.tag.startswith("tag:yaml.org,2002:"):
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.startswith("tag:yaml.org,2002:"):
         return resolve_plain(node.value)
     _check_tag(node, "tag:yaml.org,2002:str", document)
     return node.value
