@@ -1,0 +1,115 @@
+"""Files and folders that are either whole or absent, never half-written under their final name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdseg_cli.core.errors import UsageError
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write a file through a temporary one beside it, so that ``path`` is never half-written.
+
+    Args:
+        path: the final name; its folder must exist.
+        payload: the file's bytes.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    """
+    # The temporary name is short and independent of ``path``: a name of 255 bytes must still work.
+    descriptor, name = tempfile.mkstemp(prefix=".sdseg-", suffix=".partial", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes private files
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its name when the block ends well.
+
+    Args:
+        path: the final folder.
+        overwrite: replace an existing folder, if it is one of ours.
+        ours: a file whose presence shows that an existing folder was written by sdseg.
+
+    Raises:
+        UsageError: ``path`` exists and may not be replaced.
+    """
+    refuse_existing(path, overwrite=overwrite, ours=ours)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".partial", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes private folders
+        refuse_existing(path, overwrite=overwrite, ours=ours)
+        if path.exists():
+            # Renamed away first: at every moment there is a whole folder, old or new, on the disk.
+            retired = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".old", dir=path.parent))
+            path.replace(retired / path.name)
+            temporary.replace(path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.replace(path)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
+    """Raise a UsageError where writing the folder ``path`` would destroy something.
+
+    Args:
+        path: the folder to be written.
+        overwrite: whether an existing folder of ours may be replaced.
+        ours: a file whose presence shows that an existing folder was written by sdseg.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path}: exists and is not a folder. Choose another --out.")
+    if not any(path.iterdir()):
+        return
+    if not (path / ours).is_file():
+        raise UsageError(
+            f"{path}: the folder exists and holds files that sdseg did not write (no {ours}). "
+            "It is left as it is: choose another --out."
+        )
+    if not overwrite:
+        raise UsageError(
+            f"{path}: the folder exists already. Pass --overwrite to replace it, or choose another --out."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file.
+
+    Returns:
+        The SHA-256 as 64 hexadecimal digits.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_umask() -> int:
+    # Reading the mask means setting it; done once, at import, before there are threads.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
