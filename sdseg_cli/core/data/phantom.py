@@ -1,4 +1,4 @@
-"""Pictures with exact masks, drawn from a seed: training data for demos and tests, masks for an autoencoder."""
+"""Pictures with exact masks, drawn from a seed: for demos, for tests, and to train a mask autoencoder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,81 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from sdseg_cli.core.data.endoscopy_phantom import draw_endoscopy
+from sdseg_cli.core.data.organ_phantom import ORGANS, draw_organs
 from sdseg_cli.core.data.shapes import fill, smooth_field, star_outline, stroke, wandering_line
+from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.seeding import derive_seed
+
+PHANTOM_KINDS = ("endoscopy", "organs")
+MINIMUM_SIZE = 32  # pixels; below, a polyp's texture and a kidney's cortex vanish
+
+
+def phantom_classes(kind: str) -> tuple[str, ...]:
+    """Name the classes of a kind of phantom, background first.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    _check_kind(kind)
+    return ("background", "polyp") if kind == "endoscopy" else ("background", *ORGANS)
+
+
+def make_phantom(kind: str, *, seed: int, index: int, size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one picture with its exact label map.
+
+    Args:
+        kind: one of :data:`PHANTOM_KINDS`.
+        seed: the series.
+        index: the number in the series; every index is an independent draw.
+        size: about the height and width in pixels; both vary from 0.85 to 1.3 times that, so that whatever
+            brings pictures to the network's grid is exercised.
+
+    Returns:
+        The image, uint8, (height, width, 3), and the label map, uint8, (height, width), whose values are
+        the indices of :func:`phantom_classes`. The same arguments give the same picture.
+
+    Raises:
+        UsageError: there is no such kind, or the size is below :data:`MINIMUM_SIZE`.
+    """
+    _check_kind(kind)
+    if size < MINIMUM_SIZE:
+        raise UsageError(f"a phantom of {size} pixels is too small. Ask for at least {MINIMUM_SIZE}.")
+    rng = np.random.default_rng(derive_seed("phantom", kind, seed, index, size))
+    shape = (round(size * rng.uniform(0.85, 1.1)), round(size * rng.uniform(0.95, 1.3)))
+    return draw_endoscopy(rng, shape) if kind == "endoscopy" else draw_organs(rng, shape)
+
+
+def otsu_dice(image: np.ndarray, label_map: np.ndarray) -> float:
+    """Score what a threshold alone can do: the figure that a phantom has to keep low.
+
+    Args:
+        image: uint8, (H, W, 3).
+        label_map: uint8, (H, W); everything above 0 is foreground.
+
+    Returns:
+        Dice of Otsu's threshold of the grey image, taking brighter or darker, whichever scores higher;
+        NaN where there is no foreground.
+    """
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    counts = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    total = np.cumsum(counts * np.arange(256))
+    # Otsu: the threshold that sets the two means furthest apart, weighted by the two counts.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = below * above * (total / below - (total[-1] - total) / above) ** 2
+    bright = grey > int(np.argmax(np.nan_to_num(apart)))
+    foreground = label_map > 0
+    if not foreground.any():
+        return float("nan")
+    scores = [2 * (p & foreground).sum() / (p.sum() + foreground.sum()) for p in (bright, ~bright)]
+    return float(max(scores))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in PHANTOM_KINDS:
+        raise UsageError(f"there is no phantom {kind!r}. Choose {' or '.join(PHANTOM_KINDS)}.")
 
 
 def random_masks(seed: int, index: int, size: int) -> np.ndarray:
