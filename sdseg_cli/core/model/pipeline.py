@@ -1,0 +1,311 @@
+"""SDSegPipeline: from images to label maps, probabilities and uncertainty in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from sdseg_cli.core.grid import Grid, Resize
+from sdseg_cli.core.model.image_encoder import ImageEncoder
+from sdseg_cli.core.model.latents import decode_scores, spatial_factor
+from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+from sdseg_cli.core.model.plain_unet import PlainUNet
+from sdseg_cli.core.model.unet import SDSegUNet
+from sdseg_cli.core.seeding import generator_for
+
+ImageInput = Image.Image | np.ndarray
+
+
+@dataclass
+class SDSegOutput(BaseOutput):
+    """What the pipeline returns, one entry per image, on the image's own grid.
+
+    Attributes:
+        label_maps: uint8, (H, W), class indices.
+        probabilities: float32, (K, H, W), mean over the samples; K counts the background; sums to 1.
+        uncertainty: float32, (H, W): standard deviation over the samples of the foreground probabilities,
+            the largest over the classes, in [0, 0.5]; NaN where only one sample was drawn.
+        samples: float32, (N, K, H, W), the probabilities of every sample, or None if not asked for.
+    """
+
+    label_maps: list[np.ndarray]
+    probabilities: list[np.ndarray]
+    uncertainty: list[np.ndarray]
+    samples: list[np.ndarray] | None
+
+
+class SDSegPipeline(DiffusionPipeline):
+    """Segment images with latent diffusion in one reverse step.
+
+    Args:
+        unet: the denoiser, or a :class:`PlainUNet`, which needs none of the other components.
+        image_encoder: from images to conditioning.
+        autoencoder: between masks and latents; frozen.
+        scheduler: noise schedule and kind of prediction.
+        classes: names, the background first.
+        image_size: side of the model's square grid, pixels.
+        resize: how images are brought to that grid: ``squeeze`` (the paper) or ``pad``.
+        latent_scale: what latents are multiplied by.
+        noise: ``gaussian``, or ``zeros`` for a model that was trained to start from zeros.
+        training_data: what the model was trained on: dataset name, fingerprint, statistics.
+    """
+
+    _optional_components = ["image_encoder", "autoencoder", "scheduler"]  # noqa: RUF012  (diffusers' own form)
+
+    def __init__(
+        self,
+        unet: SDSegUNet | PlainUNet,
+        image_encoder: ImageEncoder | None = None,
+        autoencoder: AutoencoderKL | MaskAutoencoder | None = None,
+        scheduler: DDIMScheduler | None = None,
+        classes: Sequence[str] = ("background", "foreground"),
+        image_size: int = 256,
+        resize: Resize = "squeeze",
+        latent_scale: float = 1.0,
+        noise: str = "gaussian",
+        training_data: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet, image_encoder=image_encoder, autoencoder=autoencoder, scheduler=scheduler
+        )
+        self.register_to_config(
+            classes=list(classes),
+            image_size=image_size,
+            resize=resize,
+            latent_scale=latent_scale,
+            noise=noise,
+            training_data=training_data or {},
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, the background first."""
+        return tuple(self.config.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes with the background."""
+        return len(self.config.classes)
+
+    @property
+    def is_diffusion(self) -> bool:
+        """False for the plain U-Net baseline."""
+        return not isinstance(self.unet, PlainUNet)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        side = self.config.image_size // spatial_factor(self.autoencoder)
+        return self.autoencoder.config["latent_channels"], side, side
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        seed: int = 0,
+        case_ids: Sequence[str] | None = None,
+        slice_indices: Sequence[int] | None = None,
+        first_sample: int = 0,
+        threshold: float = 0.5,
+        grids: Sequence[Grid] | None = None,
+        return_samples: bool = False,
+    ) -> SDSegOutput:
+        """Segment images.
+
+        The noise of an image depends on (seed, case id, slice index, sample index) alone.
+
+        Args:
+            images: one or several, each a PIL image or a uint8 array (H, W, 3) or (H, W), of any size.
+            num_inference_steps: reverse steps; 1 is the paper's, more are DDIM.
+            num_samples: independent draws of the noise to average.
+            seed: names the noise.
+            case_ids: names of the cases; their positions by default.
+            slice_indices: which slice of its case each image is; 0 by default.
+            first_sample: index of the first draw; draw ``i`` is the same whichever call makes it.
+            threshold: foreground probability above which a pixel of a binary mask is foreground.
+            grids: given, the images are already on the model's grid, and these say where they come from.
+            return_samples: also return every sample's probabilities.
+
+        Returns:
+            Label maps, probabilities and uncertainty on each image's own grid.
+
+        Raises:
+            ValueError: an argument does not fit; the message says how.
+        """
+        # 1. Check, and bring every image to the model's grid
+        batch = [images] if isinstance(images, Image.Image | np.ndarray) else list(images)
+        pixels = [_pixels(image) for image in batch]
+        size, resize = self.config.image_size, self.config.resize
+        if grids is None:
+            grids = [Grid(array.shape[0], array.shape[1], size, resize) for array in pixels]
+            pixels = [grid.image_to_model(array) for grid, array in zip(grids, pixels, strict=True)]
+        case_ids = [str(i) for i in range(len(batch))] if case_ids is None else case_ids
+        slice_indices = [0] * len(batch) if slice_indices is None else slice_indices
+        self._check(pixels, grids, case_ids, slice_indices, num_inference_steps, num_samples)
+        inputs = self.normalise(np.stack(pixels))  # (B, 3, S, S)
+
+        # 2. Encode once, then one reverse process per sample
+        conditioning = self.image_encoder(inputs) if self.is_diffusion else None
+        drawn = []
+        for sample_index in range(first_sample, first_sample + num_samples):
+            if conditioning is None:
+                probabilities = self.unet(inputs).float().softmax(dim=1)
+            else:
+                keys = [
+                    (seed, case, index, sample_index)
+                    for case, index in zip(case_ids, slice_indices, strict=True)
+                ]
+                scores = self.denoise(conditioning, self.draw_noise(keys), num_inference_steps)
+                probabilities = scores_to_probabilities(scores)
+            drawn.append(probabilities.cpu().numpy())
+        samples = np.stack(drawn, axis=1)  # (B, N, K, S, S)
+
+        # 3. Back to every image's own grid, and only then to classes
+        output = SDSegOutput([], [], [], [] if return_samples else None)
+        for grid, own in zip(grids, samples, strict=True):
+            on_case = grid.probabilities_to_case(own)  # (N, K, H, W)
+            mean = on_case.mean(axis=0)
+            output.label_maps.append(probabilities_to_labels(mean, threshold))
+            output.probabilities.append(mean)
+            output.uncertainty.append(_spread(on_case))
+            if output.samples is not None:
+                output.samples.append(on_case)
+        return output
+
+    def normalise(self, images: np.ndarray) -> torch.Tensor:
+        """Turn images, uint8 (B, S, S, 3), into the networks' input, (B, 3, S, S) in [-1, 1]."""
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).movedim(-1, 1)
+        return tensor.to(self.unet.dtype) / 127.5 - 1
+
+    def draw_noise(self, keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
+        """Draw the starting noise, (B, C, h, w) float32, one key per image; zeros if trained so."""
+        shape = self.latent_shape()
+        if self.config.noise == "zeros":
+            return torch.zeros(len(keys), *shape, device=self.device)
+        drawn = [torch.randn(shape, generator=generator_for("noise", *key)) for key in keys]
+        return torch.stack(drawn).to(self.device)
+
+    def denoise(
+        self, conditioning: Sequence[torch.Tensor], noise: torch.Tensor, num_inference_steps: int
+    ) -> torch.Tensor:
+        """Run the reverse process and decode.
+
+        Args:
+            conditioning: the image encoder's output.
+            noise: float32, (B, C, h, w).
+            num_inference_steps: reverse steps.
+
+        Returns:
+            float32 scores of about -1 to 1: (B, 1, S, S) for binary masks; (B, K, S, S) for K classes, one
+            reverse process per class, that of the background already negated (its mask is "anything but
+            background").
+        """
+        class_labels, num_maps = None, 1
+        if self.unet.config["num_class_embeds"] is not None:
+            num_maps = self.num_classes
+            class_labels = torch.arange(num_maps, device=noise.device).repeat(len(noise))
+            conditioning = [features.repeat_interleave(num_maps, dim=0) for features in conditioning]
+        latent = noise.repeat_interleave(num_maps, dim=0)
+        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        for timestep in self.scheduler.timesteps:
+            output = self.unet(
+                latent.to(self.unet.dtype), timestep.expand(len(latent)), conditioning, class_labels
+            )
+            # float32: the last timestep multiplies the error of a predicted noise by 38.67
+            latent = self.scheduler.step(output.float(), timestep, latent.float()).prev_sample
+        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)  # (B * K, 1, S, S)
+        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])
+        if num_maps > 1:
+            scores[:, 0] = -scores[:, 0]
+        return scores
+
+    def _check(
+        self,
+        pixels: Sequence[np.ndarray],
+        grids: Sequence[Grid],
+        case_ids: Sequence[str],
+        slice_indices: Sequence[int],
+        num_inference_steps: int,
+        num_samples: int,
+    ) -> None:
+        if not pixels:
+            raise ValueError("no images were given; expected at least one")
+        for name, values in {"grids": grids, "case_ids": case_ids, "slice_indices": slice_indices}.items():
+            if len(values) != len(pixels):
+                raise ValueError(f"{name} has {len(values)} entries for {len(pixels)} images")
+        size = self.config.image_size
+        for array in pixels:
+            if array.shape != (size, size, 3):
+                raise ValueError(
+                    f"an image on the model's grid is {array.shape}, expected {(size, size, 3)}; "
+                    "leave out grids to have images resized"
+                )
+        if num_inference_steps < 1 or num_samples < 1:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps} and num_samples is {num_samples}; "
+                "both must be at least 1"
+            )
+
+
+def scores_to_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Turn decoded scores into class probabilities.
+
+    Args:
+        scores: float, (B, 1, S, S) for binary masks, (B, K, S, S) else.
+
+    Returns:
+        float, (B, 2, S, S) with (score + 1) / 2 for the foreground, or the softmax over K classes.
+    """
+    if scores.shape[1] > 1:
+        return scores.softmax(dim=1)
+    foreground = ((scores + 1) / 2).clamp(0, 1)
+    return torch.cat([1 - foreground, foreground], dim=1)
+
+
+def probabilities_to_labels(probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Choose classes: above the threshold for binary masks, the most probable class else.
+
+    Args:
+        probabilities: float32, (K, H, W).
+        threshold: in [0, 1]; of use for K = 2 only.
+
+    Returns:
+        uint8, (H, W).
+    """
+    if len(probabilities) == 2:
+        return (probabilities[1] > threshold).astype(np.uint8)
+    return probabilities.argmax(axis=0).astype(np.uint8)
+
+
+def _spread(samples: np.ndarray) -> np.ndarray:
+    """Standard deviation over the samples (N, K, H, W), the largest of the foreground classes, (H, W)."""
+    if len(samples) == 1:
+        return np.full(samples.shape[2:], np.nan, np.float32)
+    return samples[:, 1:].std(axis=0).max(axis=0)
+
+
+def _pixels(image: ImageInput) -> np.ndarray:
+    """Give (H, W, 3) uint8, refusing what a plain conversion would clip."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise ValueError(
+                f"a PIL image of mode {image.mode!r} holds more than 8 bits a channel; "
+                "scale it to uint8 first (sdseg predict does)"
+            )
+        return np.asarray(image.convert("RGB"))
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image array is {image.dtype}, expected uint8 in [0, 255]")
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image array is {image.shape}, expected (H, W, 3) or (H, W)")
+    return image

@@ -1,0 +1,252 @@
+"""Builds the networks, and fills them from files, from the hub or from what is shipped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import timm
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder, TimmImageEncoder
+from sdseg_cli.core.model.latents import Autoencoder, spatial_factor
+from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+from sdseg_cli.core.model.pipeline import SDSegPipeline
+from sdseg_cli.core.model.unet import SDSegUNet
+
+_NO_DOWNLOAD = (
+    "A recipe that needs no published weights: `sdseg train --recipe kseg-fast` "
+    "(or --set model.autoencoder=builtin --set model.unet_weights=random)."
+)
+_LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def quiet_diffusers() -> None:
+    """Keep diffusers' progress bars and advice off the screen; its errors still raise."""
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    logging.getLogger("timm").setLevel(logging.ERROR)
+
+
+def builtin_autoencoder_folder() -> Path:
+    """Where the shipped mask autoencoder lies."""
+    return Path(str(files("sdseg_cli") / "resources" / "mask_autoencoder"))
+
+
+def load_autoencoder(location: str) -> Autoencoder:
+    """Load a frozen autoencoder.
+
+    Args:
+        location: ``builtin``, or the folder or hub id of a ``MaskAutoencoder`` or diffusers ``AutoencoderKL``.
+
+    Raises:
+        UsageError: it cannot be had; the message says where to put it and which recipe needs none.
+    """
+    quiet_diffusers()
+    if location == "builtin":
+        autoencoder: Autoencoder = MaskAutoencoder.from_pretrained(builtin_autoencoder_folder())
+    else:
+        autoencoder = _load(location, "autoencoder", "model.autoencoder")
+    factor = spatial_factor(autoencoder)
+    if factor != 8:
+        raise UsageError(
+            f"autoencoder {location!r} has {factor} pixels per latent pixel, expected 8 (a kl-f8 autoencoder). "
+            + _NO_DOWNLOAD
+        )
+    return autoencoder.eval().requires_grad_(False)
+
+
+def _load(location: str, what: str, key: str) -> Autoencoder:
+    classes: dict[str, type[ModelMixin]] = {
+        "AutoencoderKL": AutoencoderKL,
+        "MaskAutoencoder": MaskAutoencoder,
+    }
+    try:
+        config = AutoencoderKL.load_config(location)
+        kind = classes.get(str(config.get("_class_name")), AutoencoderKL)
+        return kind.from_pretrained(location)
+    except _LOAD_FAILURES as error:
+        raise _missing(location, what, key, "config.json and diffusion_pytorch_model.safetensors") from error
+
+
+def _missing(location: str, what: str, key: str, expected: str) -> UsageError:
+    folder = Path(location)
+    if folder.exists():
+        found = f"{folder} exists but holds no {what} that can be read"
+    elif location.count("/") == 1 and not location.startswith((".", "/")):
+        found = f"there is no folder {location!r}, and no model of that name in the hub's cache or on the hub"
+    else:
+        found = f"{folder} does not exist"
+    return UsageError(
+        f"{key}: the published {what} was asked for, and {found}. Expected: a folder with {expected}. "
+        f"Put it there, or name another place with --set {key}=FOLDER. {_NO_DOWNLOAD}"
+    )
+
+
+def build_image_encoder(
+    kind: str,
+    *,
+    weights: str,
+    conditioning_channels: int,
+    levels: int,
+    channels: Sequence[int],
+    blocks: int,
+    dropout: float,
+    autoencoder: Autoencoder,
+) -> ImageEncoder:
+    """Build an image encoder and fill it.
+
+    Args:
+        kind: ``kl`` or ``timm:NAME``.
+        weights: ``random``, ``autoencoder``, ``pretrained`` or a path.
+        conditioning_channels: channels of each output.
+        levels: outputs, at strides 8, 16, ...
+        channels: of the ``kl`` encoder.
+        blocks: of the ``kl`` encoder.
+        dropout: of the ``kl`` encoder.
+        autoencoder: whose encoder ``autoencoder`` copies.
+
+    Raises:
+        UsageError: an unknown backbone, or weights that cannot be had or do not fit.
+    """
+    if kind == "kl":
+        encoder: ImageEncoder = KLImageEncoder(
+            conditioning_channels, levels, tuple(channels), blocks, dropout
+        )
+    else:
+        name = kind.removeprefix("timm:")
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name[:6]}*")[:5]
+            raise UsageError(
+                f"model.image_encoder: timm has no network named {name!r}"
+                + (f"; near: {', '.join(near)}" if near else "")
+                + ". timm.list_models() gives them all."
+            )
+        try:
+            encoder = TimmImageEncoder(name, conditioning_channels, levels)
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+            raise UsageError(f"model.image_encoder: timm:{name} cannot serve: {error}") from error
+    if weights == "autoencoder":
+        _copy_encoder(autoencoder, encoder)
+    elif weights == "pretrained":
+        _load_timm(encoder)
+    elif weights != "random":
+        _load_state(encoder, weights, "model.image_encoder_weights")
+    return encoder
+
+
+def _copy_encoder(autoencoder: Autoencoder, encoder: ImageEncoder) -> None:
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise UsageError(
+            "model.image_encoder_weights: autoencoder copies the encoder of a KL autoencoder, and "
+            "model.autoencoder is the built-in mask autoencoder. Use random, or name a KL autoencoder."
+        )
+    try:
+        encoder.encoder.load_state_dict(autoencoder.encoder.state_dict())
+    except RuntimeError as error:
+        raise UsageError(
+            "model.image_encoder_weights: the KL autoencoder's encoder does not fit model.image_encoder_channels "
+            f"and image_encoder_blocks: {_first_line(error)}"
+        ) from error
+
+
+def _load_timm(encoder: ImageEncoder) -> None:
+    name = encoder.config["name"]
+    try:
+        pretrained = timm.create_model(name, pretrained=True, features_only=True)
+    except Exception as error:  # the hub client raises many kinds, none of them ours
+        raise UsageError(
+            f"model.image_encoder_weights: the published weights of timm:{name} cannot be had "
+            f"({type(error).__name__}: {_first_line(error)}). With no network fill the hub's cache on another "
+            "machine, name a file, or use --set model.image_encoder_weights=random."
+        ) from error
+    encoder.backbone.load_state_dict(pretrained.state_dict())
+
+
+def build_unet(
+    *,
+    weights: str,
+    sample_size: int,
+    latent_channels: int,
+    conditioning_channels: int,
+    fusion: str,
+    channels: Sequence[int],
+    blocks: int,
+    heads: int,
+    attention_strides: Sequence[int],
+    dropout: float,
+    num_classes: int,
+) -> SDSegUNet:
+    """Build the denoiser and fill it; see :class:`SDSegUNet`. More than two classes: class-conditional.
+
+    Raises:
+        UsageError: weights that cannot be had or do not fit.
+    """
+    unet = SDSegUNet(
+        sample_size=sample_size,
+        latent_channels=latent_channels,
+        conditioning_channels=conditioning_channels,
+        fusion=fusion,
+        channels=tuple(channels),
+        blocks=blocks,
+        heads=heads,
+        attention_strides=tuple(attention_strides),
+        dropout=dropout,
+        num_class_embeds=num_classes if num_classes > 2 else None,
+    )
+    if weights != "random":
+        _load_state(unet, weights, "model.unet_weights")
+    return unet
+
+
+def _load_state(module: torch.nn.Module, location: str, key: str) -> None:
+    """Fill a network from a safetensors file, or from the folder that ``save_pretrained`` wrote."""
+    path = Path(location)
+    if path.is_dir():
+        path = path / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise _missing(location, "weights", key, "diffusion_pytorch_model.safetensors")
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{key}: {path} cannot be read as safetensors: {error}") from error
+    except RuntimeError as error:
+        raise UsageError(
+            f"{key}: the weights in {path} do not fit the recipe's network: {_first_line(error)}"
+        ) from error
+
+
+def load_pipeline(location: str) -> SDSegPipeline:
+    """Load a saved pipeline from a folder or a hub id.
+
+    Raises:
+        ModelError: it is not there, or broken; the message names it.
+    """
+    quiet_diffusers()
+    try:
+        pipeline = SDSegPipeline.from_pretrained(location)
+    except Exception as error:
+        raise ModelError(
+            f"model {location!r} cannot be loaded: {_first_line(error)} "
+            "Expected a folder written by `sdseg train` (with model_index.json) or such a model on the hub."
+        ) from error
+    if not isinstance(pipeline, SDSegPipeline):
+        raise ModelError(f"model {location!r} is a {type(pipeline).__name__}, expected an SDSegPipeline.")
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] if lines else type(error).__name__
