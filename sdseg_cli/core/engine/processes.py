@@ -1,0 +1,45 @@
+"""What several processes share out and bring together; one process is the simple case of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes of this run, as ``accelerate launch`` or torchrun started them.
+
+    Args:
+        cpu: keep to the CPU (and to gloo between processes) even where there is a GPU.
+    """
+
+    def __init__(self, *, cpu: bool = False) -> None:
+        self._state = PartialState(cpu=cpu)
+        self.rank: int = self._state.process_index
+        self.count: int = self._state.num_processes
+        self.is_main: bool = self._state.is_main_process
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Give this process's part: every item belongs to exactly one process."""
+        return list(items[self.rank :: self.count])
+
+    def gather(self, records: list[T]) -> list[T]:
+        """Give everybody the records of all processes, in the order of the items they were shared from."""
+        if self.count == 1:
+            return records
+        parts: list[list[T]] = gather_object([records])
+        longest = max(map(len, parts))
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def any(self, flag: bool) -> bool:
+        """Tell every process whether any of them says yes."""
+        return flag if self.count == 1 else any(gather_object([flag]))
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        self._state.wait_for_everyone()
