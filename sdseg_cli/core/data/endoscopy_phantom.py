@@ -59,9 +59,12 @@ def draw_endoscopy(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, 
         np.broadcast_to(mucosa, (*shape, 3)).copy(),
         np.ones(shape, np.float32),
     )
+    window = _window(rng, x, y)
+    inset = _inset(rng, shape)
+    hidden = (window < 0.5) | (inset > 0)
     lumen = _lumen(scene, x, y)
     _wall(scene)
-    polyps = _outlines(rng, int(rng.choice([1, 2, 3], p=[0.74, 0.2, 0.06])))
+    polyps = _outlines(rng, int(rng.choice([1, 2, 3], p=[0.74, 0.2, 0.06])), hidden)
     mask = np.zeros(shape, bool)
     for outline, centre, _ in polyps:
         mask |= fill(shape, [outline], centre)
@@ -71,12 +74,17 @@ def draw_endoscopy(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, 
         _polyp(scene, fill(shape, [outline], centre), radius)
     # A polyp stands nearer than the wall behind it, so that less of its light is lost.
     light = _light(scene, lumen * (1 - 0.75 * scene.soften(mask, 0.01)), x, y)
-    image = _camera(scene, light, x, y)
-    return image, mask.astype(np.uint8)
+    image = _camera(scene, light)
+    image = image * window[..., None] + 0.02 * (1 - window[..., None])
+    image[inset == 1] = (0.05, 0.16, 0.11)
+    image[inset == 2] = (0.2, 0.75, 0.35)
+    return (image * 255 + 0.5).astype(np.uint8), (mask & ~hidden).astype(np.uint8)
 
 
-def _outlines(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, tuple[float, float], float]]:
-    """Outline, centre and radius of each polyp; the first is the largest."""
+def _outlines(
+    rng: np.random.Generator, count: int, hidden: np.ndarray
+) -> list[tuple[np.ndarray, tuple[float, float], float]]:
+    """Outline, centre and radius of each polyp; the first is the largest, all centres are in sight."""
     outlines: list[tuple[np.ndarray, tuple[float, float], float]] = []
     for number in range(count):
         radius = float(np.exp(rng.uniform(np.log(0.13), np.log(0.3)))) * (1 if number == 0 else 0.6)
@@ -88,13 +96,19 @@ def _outlines(rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, tu
             smoothness=1.8,
         )
         low, high = (0.08, 0.92) if rng.random() < 0.2 else (0.24, 0.76)
-        for _ in range(8):  # tries for a place beside the others; a polyp that finds none is left out
+        # Tries for a place beside the others; a polyp that finds none is left out, but for the first.
+        for _ in range(8):
             centre = (float(rng.uniform(low, high)), float(rng.uniform(low, high)))
-            if all(
+            row, column = (int(part * side) for part, side in zip(centre[::-1], hidden.shape, strict=True))
+            apart = (
                 np.hypot(centre[0] - u, centre[1] - v) > 1.4 * (radius + size) for _, (u, v), size in outlines
-            ):
+            )
+            if not hidden[row, column] and all(apart):
                 outlines.append((outline, centre, radius))
                 break
+        else:
+            if number == 0:
+                outlines.append((outline, (0.5, 0.5), radius))
     return outlines
 
 
@@ -138,7 +152,7 @@ def _decoys(scene: _Scene) -> None:
         elif kind == "mucus":
             foam = np.clip(soft * 1.6 - 0.3 + 0.25 * scene.field(10), 0, 1)
             bubbles = np.abs(scene.field(30))
-            scene.tint(foam, (1.1, 1.6, 1.15))
+            scene.tint(foam, (1.06, 1.45, 1.05))
             scene.height += 0.006 * foam * bubbles
         else:
             scene.tint(soft * rng.uniform(0.5, 1), (0.92, 0.55, 0.6) if kind == "red" else (1.1, 1.45, 1.5))
@@ -211,8 +225,8 @@ def _light(scene: _Scene, lumen: np.ndarray, x: np.ndarray, y: np.ndarray) -> tu
     return diffuse * falloff, mirrored * falloff * scene.wetness
 
 
-def _camera(scene: _Scene, light: tuple[np.ndarray, np.ndarray], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Expose, blur, add noise and the instrument's frame; returns uint8, (H, W, 3)."""
+def _camera(scene: _Scene, light: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Expose, blur and add noise; returns float32, (H, W, 3), [0, 1]."""
     rng = scene.rng
     diffuse, mirrored = light
     # Wet films are uneven: only some of the places that face the lamps glare.
@@ -226,28 +240,24 @@ def _camera(scene: _Scene, light: tuple[np.ndarray, np.ndarray], x: np.ndarray, 
     picture = ndimage.gaussian_filter(picture, (sharpness, sharpness, 0), truncate=3)
     picture = np.clip(picture, 0, None) ** np.float32(rng.uniform(0.8, 1.0))
     picture += rng.standard_normal((*scene.shape, 3), dtype=np.float32) * rng.uniform(0.006, 0.018)
-    picture = np.clip(picture / (1 + np.clip(picture - 0.9, 0, None)), 0, 1)
-    if rng.random() < 0.6:
-        _frame(scene, picture, x, y)
-    return (picture * 255 + 0.5).astype(np.uint8)
+    return np.clip(picture / (1 + np.clip(picture - 0.9, 0, None)), 0, 1)
 
 
-def _frame(scene: _Scene, picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    """Blacken the corners as an endoscope's eyepiece does; sometimes the navigation inset covers one."""
-    rng = scene.rng
-    wide = np.abs(x) * scene.unit / scene.shape[1]
-    high = np.abs(y) * scene.unit / scene.shape[0]
-    cut = rng.uniform(0.76, 0.92) if rng.random() < 0.7 else 2.0
-    edge = np.clip((cut - (wide + high)) * scene.unit / 2, 0, 1)
-    picture *= edge[..., None]
-    picture += 0.02 * (1 - edge[..., None])
-    if rng.random() < 0.3:
-        top, right = (
-            int(scene.shape[0] * rng.uniform(0.68, 0.76)),
-            int(scene.shape[1] * rng.uniform(0.22, 0.32)),
-        )
-        picture[top:, :right] = (0.05, 0.16, 0.11)
-        tube = stroke(scene.shape, [wandering_line(rng, 0.2, 8)], 0.02, (0.12, 0.86))
-        tube[:top] = False
-        tube[:, right:] = False
-        picture[tube] = (0.2, 0.75, 0.35)
+def _window(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What the eyepiece lets through: 1 inside, 0 in its cut corners; float32, (H, W)."""
+    if rng.random() < 0.55:
+        return np.ones_like(x)
+    cut = rng.uniform(0.76, 0.92)
+    # Each axis as a fraction of its own length, so that all four corners are cut alike.
+    wide, high = np.abs(x) / (2 * np.abs(x).max()), np.abs(y) / (2 * np.abs(y).max())
+    return np.clip((cut - (wide + high)) * min(x.shape) / 2, 0, 1).astype(np.float32)
+
+
+def _inset(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    """Draw the navigation picture in the lower left corner: 0 none, 1 its ground, 2 the drawn tube."""
+    inset = np.zeros(shape, np.uint8)
+    if rng.random() < 0.18:
+        top, right = int(shape[0] * rng.uniform(0.68, 0.76)), int(shape[1] * rng.uniform(0.22, 0.32))
+        inset[top:, :right] = 1
+        inset[(inset == 1) & stroke(shape, [wandering_line(rng, 0.2, 8)], 0.02, (0.12, 0.86))] = 2
+    return inset
