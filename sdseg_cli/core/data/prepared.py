@@ -133,7 +133,7 @@ class SplitView(Sequence[PreparedSlice]):
             raise IndexError(f"split {self.name} has {len(self)} slices, asked for number {index}")
         row = self._rows()[position]
         try:
-            image, label_map = _decode(row["image"]["bytes"]), _decode(row["label_map"]["bytes"])
+            image, label_map = decode_png(row["image"]["bytes"]), decode_png(row["label_map"]["bytes"])
         except Exception as error:  # decoders raise almost anything on damaged bytes
             raise DataError(
                 f"{self.root}: slice {row['case_id']} of split {self.name} is damaged ({error}). "
@@ -243,6 +243,7 @@ def _load_split(root: Path, name: str) -> Any:
     return table
 
 
-def _decode(payload: bytes) -> np.ndarray:
+def decode_png(payload: bytes) -> np.ndarray:
+    """Decode the PNG bytes of one cell; uint8 (H, W) or (H, W, 3)."""
     with Image.open(io.BytesIO(payload)) as picture:
         return np.array(picture)
