@@ -1,4 +1,4 @@
-"""Prediction of files: names, geometry, faults and what is left on the disk, with a predictor that is a rule."""
+"""Prediction of files: names, geometry, faults and what is left on the disk. The predictor is a rule."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_missing_folder_is_a_usage_error(tmp_path, out):
 @pytest.mark.faults
 def test_a_folder_without_images_is_a_usage_error_that_mentions_recursive(scans, out):
     (scans / "notes.txt").write_text("no image")
-    with pytest.raises(UsageError, match="no PNG, JPEG, TIFF or BMP .* --recursive"):
+    with pytest.raises(UsageError, match=r"no PNG, JPEG, TIFF or BMP .* --recursive"):
         plan_predictions([scans], out)
 
 
@@ -475,8 +475,7 @@ def test_a_full_disk_stops_with_what_was_done_and_leaves_no_partial_mask(scans, 
     monkeypatch.setattr(prediction, "write_label_map", until_full)
     records: list[CasePrediction] = []
     with pytest.raises(DataError, match=r"No space left on device.*--skip-existing"):
-        for record in predict_files(plan_predictions([scans], out), RedIsForeground()):
-            records.append(record)  # noqa: PERF402  (the records before the error are what is tested)
+        records.extend(predict_files(plan_predictions([scans], out), RedIsForeground()))
     done = [f"{record.case_id}.png" for record in records if record.status == "done"]
     assert len(done) == 5
     assert files_under(out) == sorted(done)
@@ -499,8 +498,7 @@ def test_masks_on_a_small_full_file_system_are_whole_or_absent(scans, tmp_path):
         records: list[CasePrediction] = []
         predictor = RedIsForeground(image_size=160)
         with pytest.raises(DataError, match="No space left"):
-            for record in predict_files(plan_predictions([scans], out, probabilities=True), predictor):
-                records.append(record)  # noqa: PERF402
+            records.extend(predict_files(plan_predictions([scans], out, probabilities=True), predictor))
         done = {f"{record.case_id}.png" for record in records if record.status == "done"}
         written = [path for path in out.rglob("*") if path.is_file()]
         assert {path.name for path in out.glob("*.png")} == done
@@ -524,8 +522,7 @@ def test_an_error_of_the_predictor_comes_after_the_records_of_what_was_written(s
     predictor.on_case = fail
     records: list[CasePrediction] = []
     with pytest.raises(OutOfMemoryError, match="no memory"):
-        for record in predict_files(plan_predictions([scans], out), predictor):
-            records.append(record)  # noqa: PERF402
+        records.extend(predict_files(plan_predictions([scans], out), predictor))
     assert [record.case_id for record in records] == ["0", "1", "2", "3"]
     assert files_under(out) == ["0.png", "1.png", "2.png", "3.png"]
 

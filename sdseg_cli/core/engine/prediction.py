@@ -175,8 +175,8 @@ def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:
     if existing:
         raise UsageError(
             f"{len(existing)} of the files to be written exist already in {readable(out)} (first: "
-            f"{readable(existing[0].relative_to(out))}). Pass --skip-existing to predict only what is missing, "
-            "--overwrite to replace them, or another --out."
+            f"{readable(existing[0].relative_to(out))}). Pass --skip-existing to predict only what is "
+            "missing, --overwrite to replace them, or another --out."
         )
 
 

@@ -201,8 +201,7 @@ def line_chart(
     for index, (x, y) in enumerate(clean):
         if not len(x):
             continue
-        x, y = _thinned(x, y)
-        points = [(axes.x(a), axes.y(b)) for a, b in zip(x, y, strict=True)]
+        points = [(axes.x(a), axes.y(b)) for a, b in zip(*_thinned(x, y), strict=True)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
         if series[index].marks:
@@ -222,9 +221,10 @@ def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
     bottom = height - MARGIN_BOTTOM
     parts = []
     for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        at = f"{place(tick):.1f}"
         parts.append(
-            f'<line class="grid" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="8" y2="{bottom}"/>'
-            f'<text class="tick" x="{place(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.1f}</text>'
+            f'<line class="grid" x1="{at}" x2="{at}" y1="8" y2="{bottom}"/>'
+            f'<text class="tick" x="{at}" y="{bottom + 15}" text-anchor="middle">{tick:.1f}</text>'
         )
     parts.append(
         f'<text class="axis" x="{place(0.5):.1f}" y="{height - 5}" text-anchor="middle">'
@@ -249,9 +249,9 @@ def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
                     f'<rect class="interval {tone}" x="{low:.1f}" y="{middle - 16}" '
                     f'width="{width:.1f}" height="32" rx="2"/>'
                 )
-            at = place(row.mean)
+            at = f"{place(row.mean):.1f}"
             parts.append(
-                f'<line class="mean {tone}" x1="{at:.1f}" x2="{at:.1f}" y1="{middle - 18}" y2="{middle + 18}"/>'
+                f'<line class="mean {tone}" x1="{at}" x2="{at}" y1="{middle - 18}" y2="{middle + 18}"/>'
             )
         parts.append(f'<text class="label" x="{left}" y="{middle - 26}">{_escape(label)}</text>')
     return _svg(parts, description, height)
