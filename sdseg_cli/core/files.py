@@ -55,6 +55,8 @@ def whole_folder(path: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".partial", dir=path.parent))
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
         temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes private folders
         refuse_existing(path, overwrite=overwrite, ours=ours)
         if path.exists():
@@ -103,6 +105,14 @@ def sha256_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_umask() -> int:

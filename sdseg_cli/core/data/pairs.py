@@ -1,0 +1,184 @@
+"""Which mask belongs to which image: by name, and every doubt is named."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sdseg_cli.core.data.images import list_images, natural_key
+from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The result of pairing two folders.
+
+    Attributes:
+        cases: the pairs, in natural order of their ids; not read yet.
+        problems: images without a mask, masks without an image, names that fit twice.
+    """
+
+    cases: tuple[RawCase, ...]
+    problems: tuple[Problem, ...]
+
+
+def pair_folders(
+    images: Path,
+    masks: Path,
+    *,
+    root: Path | None = None,
+    mask_suffix: str = "",
+    group_of: Callable[[str], str] | None = None,
+) -> Pairs:
+    """Pair the images of one folder with the masks of another, subfolders included.
+
+    ``a.jpg`` belongs to ``a.png``; where several files share a stem, the whole name decides. Accents are
+    compared by what they mean, not by how the file system spells them.
+
+    Args:
+        images: folder of images.
+        masks: folder of masks.
+        root: folder that the recorded names are relative to; None records ``images/...``, ``masks/...``.
+        mask_suffix: what mask stems carry behind the image's stem, like ``_mask``.
+        group_of: case id -> group; None puts every case in a group of its own.
+
+    Raises:
+        DataError: a folder is missing or holds no image.
+    """
+    image_files, mask_files = list_images(images, recursive=True), list_images(masks, recursive=True)
+    for folder, files, what in ((images, image_files, "images"), (masks, mask_files, "masks")):
+        if not files:
+            raise DataError(
+                f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files. Check the path."
+            )
+    image_stems = _by_stem(image_files, images, "")
+    mask_stems = _by_stem(mask_files, masks, mask_suffix)
+    cases, problems = [], []
+    for stem, files in image_stems.items():
+        mates = mask_stems.pop(stem, [])
+        if not mates:
+            problems.append(Problem(_name(files[0], images), f"image without a mask in {masks}"))
+        elif len(files) == 1 and len(mates) == 1:
+            cases.append(_case(_flat(stem), files[0], mates[0], images, masks, root, group_of))
+        else:
+            resolved = _by_whole_name(files, mates, images, masks)
+            for file, mate in resolved:
+                case_id = _flat(_name(file, images))
+                cases.append(_case(case_id, file, mate, images, masks, root, group_of))
+            if not resolved:
+                names = ", ".join(file.name for file in (*files, *mates))
+                problems.append(Problem(stem, f"several files share this name ({names}): which belong?"))
+    problems += [
+        Problem(_name(mate, masks), f"mask without an image in {images}")
+        for mates in mask_stems.values()
+        for mate in mates
+    ]
+    if not cases:
+        raise DataError(_nothing_fits(images, masks, image_stems, mask_files))
+    cases.sort(key=lambda case: natural_key(case.case_id))
+    return Pairs(tuple(cases), tuple(problems + _doubled(cases)))
+
+
+def group_by_pattern(pattern: str) -> Callable[[str], str]:
+    """Make a function case id -> group from a regular expression.
+
+    The group is the first parenthesis of the match, or the whole match without one.
+
+    Raises:
+        UsageError: the expression is not valid; later, a case id does not match it.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--group-by {pattern!r}: not a regular expression ({error}).") from error
+
+    def group_of(case_id: str) -> str:
+        match = expression.search(case_id)
+        if match is None or not (group := match.group(1 if expression.groups else 0)):
+            raise UsageError(
+                f"--group-by {pattern!r}: no group in case {case_id!r}; every case needs one. "
+                "The group is the first parenthesis, like 'patient([0-9]+)_'."
+            )
+        return group
+
+    return group_of
+
+
+def _by_stem(files: Sequence[Path], folder: Path, suffix: str) -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = {}
+    for file in files:
+        stem = _normal(PurePosixPath(_name(file, folder)).with_suffix("").as_posix())
+        if suffix and not stem.endswith(suffix):
+            continue
+        stems.setdefault(stem.removesuffix(suffix), []).append(file)
+    return stems
+
+
+def _by_whole_name(
+    files: Sequence[Path], mates: Sequence[Path], images: Path, masks: Path
+) -> list[tuple[Path, Path]]:
+    """Pairs of equal whole names, or nothing unless that settles every file."""
+    by_name = {_normal(_name(mate, masks)): mate for mate in mates}
+    pairs = [(file, by_name.pop(_normal(_name(file, images)), None)) for file in files]
+    settled = [(file, mate) for file, mate in pairs if mate is not None]
+    return settled if len(settled) == len(files) and not by_name else []
+
+
+def _case(
+    case_id: str,
+    image: Path,
+    mask: Path,
+    images: Path,
+    masks: Path,
+    root: Path | None,
+    group_of: Callable[[str], str] | None,
+) -> RawCase:
+    names = (
+        (f"images/{_name(image, images)}", f"masks/{_name(mask, masks)}")
+        if root is None
+        else (_name(image, root), _name(mask, root))
+    )
+    group = case_id if group_of is None else group_of(case_id)
+    return RawCase(case_id, group, image, mask, image_name=names[0], label_name=names[1])
+
+
+def _doubled(cases: Sequence[RawCase]) -> list[Problem]:
+    seen: set[str] = set()
+    doubled = []
+    for case in cases:
+        if case.case_id in seen:
+            doubled.append(Problem(case.case_id, "two files lead to this case id; rename one of them"))
+        seen.add(case.case_id)
+    return doubled
+
+
+def _nothing_fits(
+    images: Path, masks: Path, image_stems: dict[str, list[Path]], mask_files: Sequence[Path]
+) -> str:
+    image_stem = next(iter(image_stems))
+    message = (
+        f"no image in {images} has a mask in {masks}: names must be equal up to the extension "
+        f"(first image {image_stem!r}, first mask {mask_files[0].name!r})."
+    )
+    stems = [_normal(file.stem) for file in mask_files]
+    endings = {stem[len(image_stem) :] for stem in stems if stem.startswith(image_stem)}
+    if len(endings) == 1:
+        message += f" Did you mean --mask-suffix {endings.pop()}?"
+    return message
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _flat(name: str) -> str:
+    """A case id holds no slash, since outputs are named after it."""
+    return _normal(name).replace("/", "__")
