@@ -523,8 +523,8 @@ def resolve_model(model: str | None, runs_root: Path = RUNS_ROOT) -> ModelRefere
     if path.suffix.lower() in _WEIGHT_FILES or path.is_file():
         raise UsageError(
             f"--model {model} is a single file. Checkpoint files, the official ones among them, "
-            "cannot be read yet; expected a run directory, a model folder (with model_index.json) or a hub id "
-            "(owner/name)."
+            "cannot be read yet; expected a run directory, a model folder (with model_index.json) or a hub "
+            "id (owner/name)."
         )
     is_path = model.startswith((".", "/", "~")) or Path(path.parts[0] if path.parts else ".").exists()
     if _HUB_ID.fullmatch(model) and not is_path:
