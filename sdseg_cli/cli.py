@@ -1,0 +1,276 @@
+"""The ``sdseg`` program: finds the command, and turns errors into a message and an exit code.
+
+A command's module is imported only when it is called, and torch only inside the command, so that
+``sdseg --help`` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 partial (some cases failed and are listed, the rest
+is done), 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import inspect
+import os
+import re
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sdseg_cli import __version__
+
+COMMANDS = {
+    "prepare": "Turn images and masks into a prepared dataset.",
+    "train": "Train a model by a recipe.",
+    "predict": "Segment a folder of images.",
+    "evaluate": "Score predictions against ground truth.",
+    "stability": "Repeat predictions from different noise and compare them.",
+    "autoencoder": "Train the small autoencoder of the masks.",
+    "demo": "All of it on made-up data, on a CPU, in minutes.",
+}
+
+EXAMPLES = """
+sdseg demo                          # all of it, offline, on made-up data
+sdseg prepare kseg                  # fetch Kvasir-SEG (46 MB) and prepare it
+sdseg train --recipe kseg-fast      # train; the run is kept in runs/
+sdseg predict scans/ --out masks/   # segment with the newest finished run
+sdseg evaluate --split test         # Dice, IoU, HD95 ... of each case
+sdseg stability --runs 10           # how much the masks depend on the noise
+accelerate launch --multi_gpu -m sdseg_cli train --recipe kseg
+
+Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, demo.
+"""
+
+_PROGRAMS = ("sdseg", "accelerate", "torchrun", "python")
+_EXAMPLES_HEADING = re.compile(r"^\s*Examples?:{1,2}\s*$", re.MULTILINE)
+
+
+# Commands, imported when called ---------------------------------------------------------------------
+
+
+def _show_examples(examples: str) -> None:
+    """Draw worked examples under a help text, line by line as they are written."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    text = Text()
+    for line in examples.splitlines():
+        command, mark, remark = line.partition("  #")
+        text.append(command, style="bold" if line.startswith(_PROGRAMS) else "")
+        text.append(f"{mark}{remark}\n", style="dim")
+    console = Console(highlight=False)
+    console.print(" Examples", style="bold")
+    console.print(Padding(text, (0, 0, 0, 3)))
+
+
+class _Group(TyperGroup):
+    """The root: lists every command without importing one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = load_command(args[0])
+        return super().resolve_command(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_flag_types(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _show_examples(EXAMPLES)
+
+
+def load_command(name: str) -> Any:
+    """Import a command's module and build the command from its function, or from its own sub-app.
+
+    The worked examples at the end of its help are the module's ``EXAMPLES``, or what follows "Examples:" in
+    the function's docstring.
+    """
+    module = importlib.import_module(f"sdseg_cli.commands.{name}")
+    if isinstance(getattr(module, "app", None), typer.Typer):
+        command: Any = typer.main.get_command(module.app)
+    else:
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single.command(name)(getattr(module, name))
+        command = typer.main.get_command(single)
+    command.name = name
+    for inner in getattr(command, "commands", {}).values():
+        _polish(inner)
+    _polish(command, getattr(module, "EXAMPLES", ""))
+    return command
+
+
+def _polish(command: Any, examples: str = "") -> None:
+    """Let a command's help end with its examples as they are written, and spare flags their type."""
+    text = (command.help or "").replace("\b", "")
+    heading = _EXAMPLES_HEADING.search(text)
+    if heading is not None:
+        command.help = text[: heading.start()].rstrip()
+        examples = examples or text[heading.end() :]
+    lines = inspect.cleandoc(_EXAMPLES_HEADING.sub("", examples)).splitlines()
+    written = "\n".join(line for line in lines if line.strip())
+    format_help, get_params = command.format_help, command.get_params
+
+    def format_help_and_examples(ctx: Any, formatter: Any) -> None:
+        format_help(ctx, formatter)
+        if written:
+            _show_examples(written)
+
+    command.format_help = format_help_and_examples
+    command.get_params = lambda ctx: _without_flag_types(get_params(ctx))
+
+
+def _without_flag_types(params: list[Any]) -> list[Any]:
+    """A flag takes no value, so its help needs no type."""
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+app = typer.Typer(
+    name="sdseg",
+    cls=_Group,
+    help="Medical image segmentation with latent diffusion in a single reverse step (SDSeg).",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _register(name: str, summary: str) -> None:
+    def placeholder() -> None:
+        """Stands in the list of commands until the real one is called."""
+
+    app.command(name, help=summary)(placeholder)
+
+
+for _name, _summary in COMMANDS.items():
+    _register(_name, _summary)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sdseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Errors, signals and the exit code ------------------------------------------------------------------
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the program and leave with its exit code."""
+    _quieten_libraries()
+    terminated = _listen_for_sigterm()
+    try:
+        app(args=args, prog_name="sdseg")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = _exit_code_of(error)
+    if code == 130 and terminated:
+        code = 143
+    if code in (130, 143) and sys.exc_info()[0] is None:
+        _say_stopped(code)
+    _flush_results()
+    sys.exit(code)
+
+
+def _exit_code_of(error: Exception) -> int:
+    """Tell the user what went wrong; an error that is sdseg's own fault keeps its traceback."""
+    from sdseg_cli.console import fail
+    from sdseg_cli.core.errors import SdsegError
+
+    if isinstance(error, SdsegError):
+        fail(error)
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if _is_disk_full(error):
+        where = getattr(error, "filename", None)
+        fail(
+            f"the disk is full{f' at {where}' if where else ''}: {error}. What was finished before is whole. "
+            "Free some space or choose another --out, then run the command again."
+        )
+        return 1
+    if isinstance(error, OSError) and error.filename is not None:
+        fail(f"{error.filename}: {error.strerror or error}. Check the path and its permissions.")
+        return 1
+    if isinstance(error, MemoryError):
+        fail("out of memory. Use a smaller --batch-size, fewer --workers or a smaller image size.")
+        return 1
+    raise error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether the disk or a quota is full; some libraries only say so in the text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)
+
+
+def _say_stopped(code: int) -> None:
+    from sdseg_cli.console import say
+
+    say("stopped by Ctrl-C." if code == 130 else "stopped by SIGTERM.")
+
+
+def _listen_for_sigterm() -> list[bool]:
+    """Let SIGTERM end a command as Ctrl-C does, so that temporary files are removed on the way out.
+
+    Returns:
+        A list that is no longer empty once the signal came.
+    """
+    received: list[bool] = []
+    process = os.getpid()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a loading process that inherited this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        received.append(True)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not the main thread: who embeds us handles the signals
+        signal.signal(signal.SIGTERM, stop)
+    return received
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' notices and bars off the screen, unless the user asked for them."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _flush_results() -> None:
+    """Flush stdout; where its reader has gone (``sdseg ... | head``), leave without a complaint."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,175 @@
+"""Options that several commands share, declared once so that they read and check alike."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Split(StrEnum):
+    """Named list of cases of a prepared dataset."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+class Device(StrEnum):
+    """Where the networks run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the networks; ``auto`` is bf16 on a GPU that has it, else fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Convention(StrEnum):
+    """How empty masks are scored."""
+
+    standard = "standard"
+    sdseg = "sdseg"
+
+
+class ScoreGrid(StrEnum):
+    """Where masks are compared."""
+
+    case = "case"
+    model = "model"
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that begin as typed, for the shell."""
+    from sdseg_cli.core.recipe import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys of a recipe that begin as typed, for the shell."""
+    from sdseg_cli.core.recipe import recipe_keys
+
+    dotted = [".".join(path) for path in recipe_keys()]
+    return [f"{name}=" for name in dotted if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Runs of the working directory that begin as typed, for the shell."""
+    from sdseg_cli.core.run_directory import all_runs
+
+    return [str(run.root) for run in all_runs() if str(run.root).startswith(incomplete)]
+
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="A shipped recipe by name, or a YAML file.",
+        autocompletion=complete_recipe,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the recipe, as in train.steps=500. Repeatable.",
+        autocompletion=complete_setting,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="RUN|FOLDER|HUB_ID",
+        help="Run directory, model folder or hub id. Default: the newest finished run.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DATASET",
+        help="Prepared dataset. Default: the one the model was trained on.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[Split, typer.Option("--split", help="Cases of the prepared dataset.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the results.", show_default=False),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="Reverse steps; 1 = one-step. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        min=1,
+        help="Noise draws to average. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        min=0.0,
+        max=1.0,
+        help="Probability from which a pixel is foreground. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Slices at once. Default: as many as fit.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the networks run.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Arithmetic of the networks.")]
+ConventionOption = Annotated[
+    Convention | None,
+    typer.Option(
+        "--convention",
+        help="Scores of empty masks: undefined and counted, or as the official code. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+GridOption = Annotated[
+    ScoreGrid | None,
+    typer.Option(
+        "--grid",
+        help="Compare in the case's own pixels or on the model's grid. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
