@@ -62,7 +62,7 @@ def _show_examples(examples: str) -> None:
     from rich.text import Text
 
     text = Text()
-    for line in examples.splitlines():
+    for line in examples.strip().splitlines():
         command, mark, remark = line.partition("  #")
         text.append(command, style="bold" if line.startswith(_PROGRAMS) else "")
         text.append(f"{mark}{remark}\n", style="dim")
