@@ -1,0 +1,143 @@
+"""Figures of a run and of its scores, drawn by matplotlib without a screen and without its global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sdseg_cli.core.files import write_whole
+
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7a7f87"
+
+
+def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss, validation Dice, learning rate and speed against the optimiser step.
+
+    Args:
+        metrics: records as in `metrics.jsonl`, each with "step" and any of "loss", "validation_dice",
+            "learning_rate" and "samples_per_second"; values that are absent, null or not finite are left out.
+        path: file to write, its suffix says the format (.png, .svg, .pdf); an older one is replaced.
+    """
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    (loss_axes, dice_axes), (rate_axes, speed_axes) = figure.subplots(2, 2, sharex=True)
+
+    steps, losses = _series(metrics, "loss")
+    _prepare(loss_axes, "training loss", empty=not len(steps))
+    if len(steps):
+        smooth = _smoothed(losses)
+        loss_axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8)
+        loss_axes.plot(steps, smooth, color=BLUE, linewidth=1.6)
+        if losses.min() > 0 and losses.max() > 20 * losses.min():
+            loss_axes.set_yscale("log")
+
+    steps, dices = _series(metrics, "validation_dice")
+    _prepare(dice_axes, "validation Dice", empty=not len(steps))
+    if len(steps):
+        best = int(np.argmax(dices))
+        dice_axes.plot(steps, dices, color=GREEN, linewidth=1.6, marker="o", markersize=3)
+        dice_axes.plot(steps[best], dices[best], "o", color=ORANGE, markersize=7)
+        note = f"best {dices[best]:.4f} at step {steps[best]:.0f}"
+        dice_axes.set_title(note, loc="right", fontsize=10, color=ORANGE)
+        dice_axes.set_ylim(max(0, dices.min() - 0.05), min(1, max(dices.max() + 0.03, 0.1)))
+
+    for axes, key, title, colour in (
+        (rate_axes, "learning_rate", "learning rate", GREY),
+        (speed_axes, "samples_per_second", "speed, samples/s", GREY),
+    ):
+        steps, values = _series(metrics, key)
+        _prepare(axes, title, empty=not len(steps))
+        if len(steps):
+            axes.plot(steps, values, color=colour, linewidth=1.4)
+            axes.set_ylim(0, max(1.1 * values.max(), 1e-12))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _save(figure, path)
+
+
+def dice_histogram(scores: Mapping[str, Sequence[float]], path: Path, *, name: str = "Dice") -> None:
+    """Draw how the scores of the cases are distributed: one row per class, one dot per case.
+
+    Args:
+        scores: the cases' scores of each class, [0, 1]; NaN (the class is absent) is left out and counted.
+        path: file to write, its suffix says the format; an older one is replaced.
+        name: what the scores are, for the axis.
+    """
+    rows = max(1, len(scores))
+    figure = Figure(figsize=(7.5, 1.1 + 1.15 * rows), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(rows, 1, sharex=True))
+    bins = np.linspace(0, 1, 41)
+    for axes, (title, values) in zip(all_axes, scores.items(), strict=False):
+        given = np.asarray(values, float)
+        shown = given[np.isfinite(given)]
+        axes.set_yticks([])
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        if len(shown):
+            counts, _, _ = axes.hist(
+                shown, bins=bins, color=BLUE, alpha=0.55, edgecolor="white", linewidth=0.5
+            )
+            height = float(np.max(counts))
+            # One tick per case below the bars: few cases must not look like a distribution.
+            axes.plot(shown, np.full(len(shown), -0.12 * height), "|", color=BLUE, markersize=7, alpha=0.7)
+            axes.axvline(shown.mean(), color=ORANGE, linewidth=1.6)
+            axes.axvline(float(np.median(shown)), color=GREEN, linewidth=1.6, linestyle="--")
+            axes.set_ylim(-0.26 * height, 1.1 * height)
+            note = f"mean {shown.mean():.3f}   median {np.median(shown):.3f}   n = {len(shown)}"
+        else:
+            note = "no case"
+        if len(given) > len(shown):
+            note += f"   absent {len(given) - len(shown)}"
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(note, loc="right", fontsize=9, color=GREY)
+    all_axes[-1].set_xlim(-0.01, 1.01)
+    all_axes[-1].set_xlabel(f"{name} of a case (line: mean, dashes: median)")
+    _save(figure, path)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the records that have a finite value for ``key``, in the order of the steps."""
+    pairs = sorted(
+        (float(record["step"]), float(record[key]))
+        for record in metrics
+        if record.get(key) is not None and record.get("step") is not None and math.isfinite(record[key])
+    )
+    array = np.array(pairs, float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Average over about a fortieth of the curve, fewer at its ends, so that nothing is shifted."""
+    reach = max(1, len(values) // 80)
+    kernel = np.ones(2 * reach + 1)
+    weights = np.convolve(np.ones(len(values)), kernel, mode="full")[reach : reach + len(values)]
+    return np.convolve(values, kernel, mode="full")[reach : reach + len(values)] / weights
+
+
+def _prepare(axes: Axes, title: str, *, empty: bool) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if empty:
+        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    with mpl.rc_context({"svg.hashsalt": "sdseg", "svg.fonttype": "none"}):
+        # Without a date the same numbers give the same file.
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        payload = io.BytesIO()
+        figure.savefig(payload, format=path.suffix.lstrip(".") or "png", dpi=120, metadata=metadata)
+    write_whole(path, payload.getvalue())
