@@ -1,0 +1,48 @@
+# make demo   the whole round on made-up data, ending with demo/index.html
+# make test   the tests
+# make lint   ruff and mypy
+#
+# Each makes $(VENV) and installs what it needs, once. Another Python: make test PYTHON=python3.12
+# CPU-only torch (a much smaller download):
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.sdseg-ready
+# A virtual environment must not be steered by the one that make was called from.
+unexport PYTHONHOME
+
+.PHONY: help demo test lint install clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^A virtual/,$$d'
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "sdseg needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Use: make PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable . --group dev
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/sdseg demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
