@@ -34,7 +34,6 @@ from sdseg_cli.core.data.images import (
 from sdseg_cli.core.errors import DataError, SdsegError, UsageError
 from sdseg_cli.core.files import write_whole
 from sdseg_cli.core.grid import Grid
-from sdseg_cli.core.reporting.overlays import overlay
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
@@ -220,7 +219,7 @@ def _find_images(scans: Sequence[Path], out: Path, *, recursive: bool) -> list[t
                     f"{readable(scan)}: no PNG, JPEG, TIFF or BMP image was found{hint}. Check the folder."
                 )
             found += [(path, path.relative_to(scan)) for path in inside]
-        elif scan.exists():
+        elif scan.exists():  # by name, whatever its suffix: a file that is no image fails when it is read
             found.append((scan, Path(scan.name)))
         else:
             raise UsageError(f"{readable(scan)} does not exist. Give an image, or a folder of images.")
@@ -256,11 +255,12 @@ def _fitting(name: str) -> str:
 
 
 def _refuse_collisions(tasks: Sequence[PredictionTask]) -> None:
-    inputs = {task.path.resolve(): task.path for task in tasks}
+    resolved = _Resolver()
+    inputs = {resolved(task.path): task.path for task in tasks}
     writer: dict[Path, str] = {}
     for task in tasks:
         for path in task.outputs:
-            if path.resolve() in inputs:
+            if resolved(path) in inputs:
                 raise UsageError(
                     f"the mask of {task.file} would be written onto the input {readable(path)}. "
                     "Choose an --out that is not the folder of the images."
@@ -272,6 +272,19 @@ def _refuse_collisions(tasks: Sequence[PredictionTask]) -> None:
                     f"{OVERLAYS}, {PROBABILITIES} and {UNCERTAINTY} are used for the extra outputs. Rename "
                     "that folder of images, or predict it on its own."
                 )
+
+
+class _Resolver:
+    """Resolves the folder of a path, each folder once: with thousands of files that is what takes time."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> tuple[Path, str]:
+        folder = self._folders.get(path.parent)
+        if folder is None:
+            folder = self._folders[path.parent] = path.parent.resolve()
+        return folder, path.name
 
 
 # -------------------------------------------------------------------------------------------- predicting
@@ -435,6 +448,8 @@ def _write_case(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[
 
     try:
         if task.overlay is not None and case.pixels is not None:
+            from sdseg_cli.core.reporting.overlays import overlay  # brings SciPy, which planning is spared
+
             picture = overlay(case.pixels, prediction.label_map, alpha=OVERLAY_ALPHA, contours=True)
             write(task.overlay, lambda path: write_png(path, picture))
         if task.probabilities is not None:

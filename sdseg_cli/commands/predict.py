@@ -1,0 +1,305 @@
+"""``sdseg predict``: any folder of images -> masks that lie on them pixel by pixel."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdseg_cli import __version__, console
+from sdseg_cli.commands._measured import Model
+from sdseg_cli.commands._options import (
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    Precision,
+    PrecisionOption,
+    SeedOption,
+    StepsOption,
+    ThresholdOption,
+)
+from sdseg_cli.commands._signals import interruptible
+from sdseg_cli.core.engine.prediction import (
+    SUMMARY_FILE,
+    CasePrediction,
+    PredictionTask,
+    plan_predictions,
+    predict_files,
+    prepare_folder,
+    readable,
+    refuse_existing,
+    split_existing,
+    summary_rows,
+    write_summary,
+)
+from sdseg_cli.core.errors import SdsegError, UsageError
+from sdseg_cli.core.run_directory import ModelReference, atomic_write, now, to_json
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.engine.inference import Predictor
+    from sdseg_cli.core.engine.processes import Processes
+
+SETTINGS_FILE = "prediction.json"
+MOST_LISTED = 12  # failed files named on the screen; the summary has them all
+
+EXAMPLES = """
+sdseg predict scans/ --out masks/                                  # with the newest finished run
+sdseg predict scans/ --out masks/ --model runs/kseg-fast --overlay
+sdseg predict a.png b.tif --out masks/ --samples 10 --probabilities
+sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where it stopped
+"""
+
+
+def predict(
+    scans: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of images, or single images: PNG, JPEG, TIFF, BMP.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.", show_default=False)
+    ],
+    model: ModelOption = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also look into subfolders; they are kept.")
+    ] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write overlays/: the image with the mask on it.")
+    ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Also write probabilities/: 16-bit PNG (65535 is 1), or .npz with several classes.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=1,
+            help="Noise draws to average; from 2 on also writes uncertainty/. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    threshold: ThresholdOption = None,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Predict only what has no mask yet.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment images: one mask a file, in its own size and orientation, and a summary.csv.
+
+    Files that cannot be read are listed and left out; the exit code is then 3.
+    """
+    if skip_existing and overwrite:
+        raise UsageError("--skip-existing and --overwrite exclude each other. Choose one.")
+    found = Model.find(model)
+    sampling = found.sampling(num_inference_steps=steps, num_samples=samples, threshold=threshold)
+    several = sampling.get("num_samples", 1) > 1
+    tasks = plan_predictions(
+        scans,
+        out,
+        recursive=recursive,
+        overlays=overlay,
+        probabilities=probabilities,
+        uncertainty=several,
+    )
+    settings = {**_model_identity(found.reference), "seed": seed, **sampling}
+    todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
+    if skip_existing:
+        _refuse_other_settings(out, settings, done)
+    elif not overwrite:
+        refuse_existing(tasks, out)
+    prepare_folder(out)
+    console.say(f"{_count(tasks)} to predict into {readable(out)}")
+    if done:
+        console.say(f"{len(done)} of them are done already and are skipped")
+    records = [CasePrediction(task.case_id, task.file, "skipped") for task in done]
+    kept = f"Masks written so far are whole and listed in {readable(out / SUMMARY_FILE)}"
+    with interruptible(f"stopped. {kept}; go on with the same command and --skip-existing."):
+        session = _Session(out, tasks, records, {**settings, "device": device.value}, as_json=as_json)
+        session.run(
+            todo,
+            found.reference,
+            {"seed": seed, "batch_size": batch_size, **sampling},
+            device=device.value,
+            precision=precision.value,
+        )
+
+
+class _Session:
+    """One call of the command: predicts, keeps the records, and reports whatever happens."""
+
+    def __init__(
+        self,
+        out: Path,
+        tasks: Sequence[PredictionTask],
+        records: list[CasePrediction],
+        settings: dict[str, Any],
+        *,
+        as_json: bool,
+    ) -> None:
+        self.out = out
+        self.tasks = tasks
+        self.records = records
+        self.settings = settings
+        self.as_json = as_json
+        self.started = time.monotonic()
+        self.classes: tuple[str, ...] = ("background",)
+
+    def run(
+        self,
+        todo: Sequence[PredictionTask],
+        reference: ModelReference,
+        options: dict[str, Any],
+        *,
+        device: str,
+        precision: str,
+    ) -> None:
+        """Predict this process's share; the main process reports for all."""
+        with console.working("loading the model"):
+            from sdseg_cli.core.engine.inference import load_predictor
+            from sdseg_cli.core.engine.processes import Processes
+
+            processes = Processes(cpu=device == "cpu")
+            predictor = load_predictor(reference, device=device, precision=precision, **options)
+        self.classes = tuple(predictor.classes)
+        processes.wait()  # every process has seen the folder as it was before the first mask is written
+        if processes.is_main:
+            self._write_settings("running")
+        stop = self._predict(processes.share(list(todo)), predictor)
+        self._gather(processes, stop)
+        if processes.is_main:
+            self._finish(stop)
+        if stop is not None:
+            raise stop
+        self._leave()
+
+    def _predict(self, todo: Sequence[PredictionTask], predictor: Predictor) -> SdsegError | None:
+        """Keep the records of all that was written, also when something stops the rest."""
+        stream = predict_files(todo, predictor)
+        try:
+            for record in console.progress(stream, len(todo), "predicting", unit="images"):
+                self.records.append(record)
+        except SdsegError as error:
+            return error
+        return None
+
+    def _gather(self, processes: Processes, stop: SdsegError | None) -> None:
+        # After a signal the other processes may be gone: waiting for them could take for ever.
+        if stop is None or stop.exit_code < 128:
+            fresh = [record for record in self.records if record.status != "skipped"]
+            skipped = [record for record in self.records if record.status == "skipped"]
+            self.records = skipped + processes.gather(fresh)
+
+    def _finish(self, stop: SdsegError | None) -> None:
+        try:
+            write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
+            self._write_settings("finished" if stop is None else "stopped")
+        except OSError as error:
+            console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
+            for record in self.records:
+                if record.status == "done":
+                    console.say(f"  {record.file}")
+        self._report()
+
+    def _report(self) -> None:
+        failed = [record for record in self.records if record.status == "failed"]
+        done = [record for record in self.records if record.status == "done"]
+        seconds = time.monotonic() - self.started
+        if self.as_json:
+            console.show_json(self._as_json(seconds))
+        for note, count in _common_notes(done):
+            console.say(f"{count} x {note}")
+        for record in failed[:MOST_LISTED]:
+            console.warn(f"{record.file}: {record.error}")
+        if len(failed) > MOST_LISTED:
+            console.warn(f"and {len(failed) - MOST_LISTED} more, see {SUMMARY_FILE}")
+        rate = f", {len(done) / seconds:.1f} a second" if done else ""
+        left = len(self.tasks) - len(self.records)
+        words = [f"{len(done)} of {_count(self.tasks)} done in {seconds:.1f} s{rate}"]
+        words += [f"{len(failed)} failed"] if failed else []
+        words += [f"{left} not reached"] if left else []
+        console.say("; ".join(words) + f". Masks and {SUMMARY_FILE}: {readable(self.out)}")
+
+    def _leave(self) -> None:
+        """Leave with 3 if some cases failed, with 1 if all did."""
+        failed = sum(record.status == "failed" for record in self.records)
+        if failed:
+            raise typer.Exit(1 if failed == len(self.tasks) else 3)
+
+    def _as_json(self, seconds: float) -> dict[str, Any]:
+        counts = {
+            status: sum(record.status == status for record in self.records)
+            for status in ("done", "skipped", "failed")
+        }
+        return {
+            "out": readable(self.out),
+            **self.settings,
+            "images": len(self.tasks),
+            **counts,
+            "seconds": round(seconds, 3),
+            "cases": summary_rows(self.records, self.classes),
+        }
+
+    def _write_settings(self, status: str) -> None:
+        content = {
+            "sdseg": __version__,
+            "status": status,
+            "written": now(),
+            **self.settings,
+            "classes": list(self.classes),
+            "images": len(self.tasks),
+        }
+        atomic_write(self.out / SETTINGS_FILE, to_json(content, indent=2) + "\n")
+
+
+def _model_identity(reference: ModelReference) -> dict[str, Any]:
+    """Where the model is, and when its run ended: a run that was trained anew is another model."""
+    folder = Path(reference.location)
+    identity: dict[str, Any] = {"model": str(folder.resolve()) if folder.exists() else reference.location}
+    if reference.run is not None:
+        identity["model_of"] = reference.run.read_run_json().get("ended")
+    return identity
+
+
+def _refuse_other_settings(out: Path, settings: dict[str, Any], done: Sequence[PredictionTask]) -> None:
+    """Refuse to complete a folder with masks of another model or other settings."""
+    try:
+        before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    names = [name for name, value in settings.items() if name in before and before[name] != value]
+    if done and names:
+        found = ", ".join(f"{name} {before[name]} (now {settings[name]})" for name in names)
+        raise UsageError(
+            f"the masks in {readable(out)} were made with {found}. Completing them would mix two results: "
+            "repeat the earlier settings, pass --overwrite, or choose another --out."
+        )
+
+
+def _common_notes(records: Sequence[CasePrediction]) -> list[tuple[str, int]]:
+    """Notes of the images, one line a kind: the numbers in them differ from image to image."""
+    kinds: dict[str, tuple[str, int]] = {}
+    for record in records:
+        for note in record.notes:
+            kind = note.split("[")[0]
+            first, count = kinds.get(kind, (f"{note} ({record.file})", 0))
+            kinds[kind] = (first, count + 1)
+    return list(kinds.values())
+
+
+def _count(tasks: Sequence[PredictionTask]) -> str:
+    return f"{len(tasks)} image" + ("s" if len(tasks) != 1 else "")

@@ -1,0 +1,328 @@
+"""``sdseg predict`` as a command: refusals, exit codes, what is left behind. The predictor is a rule."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from sdseg_cli.commands.predict import predict
+from sdseg_cli.core.data.images import read_label_map
+from sdseg_cli.core.engine import prediction as engine
+from sdseg_cli.core.errors import DataError, UsageError
+
+
+class BrightIsForeground:
+    """Calls bright pixels foreground and remembers the options it was made with."""
+
+    image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+
+    def __init__(self, **options) -> None:
+        self.options = options
+
+    def __call__(self, inputs: Iterable) -> Iterator[SimpleNamespace]:
+        for one in inputs:
+            level = one.grid.probabilities_to_case(one.image.mean(axis=-1).astype(np.float32) / 255)
+            yield SimpleNamespace(
+                case_id=one.case_id,
+                slice_index=0,
+                label_map=(level > 0.5).astype(np.uint8),
+                probabilities=np.stack([1 - level, level]),
+                uncertainty=np.zeros_like(level),
+                samples=None,
+            )
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[BrightIsForeground]:
+    """Predictors that the command made."""
+    predictors: list[BrightIsForeground] = []
+
+    def load_predictor(reference, **options):
+        predictors.append(BrightIsForeground(**options))
+        return predictors[-1]
+
+    monkeypatch.setattr("sdseg_cli.core.engine.inference.load_predictor", load_predictor)
+    return predictors
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    return str(folder)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.png", "b.jpg", "c.bmp"):
+        pixels = np.zeros((20, 30, 3), np.uint8)
+        pixels[:, :15] = 255
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "summary.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def exit_code(**arguments) -> int:
+    try:
+        predict(**arguments)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    return 0
+
+
+def test_predict_writes_a_mask_an_image_and_a_summary(scans, tmp_path, model, made):
+    out = tmp_path / "masks"
+    assert exit_code(scans=[scans], out=out, model=model) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a.png", "b.png", "c.png", "prediction.json", "summary.csv",
+    ]  # fmt: skip
+    assert [row["status"] for row in rows(out)] == ["done"] * 3
+    assert read_label_map(out / "a.png", num_classes=2).shape == (20, 30)
+    settings = json.loads((out / "prediction.json").read_text())
+    assert (settings["status"], settings["seed"], settings["images"]) == ("finished", 0, 3)
+    assert settings["model"] == str(Path(model).resolve())
+
+
+def test_options_reach_the_predictor_and_unset_ones_are_left_to_it(scans, tmp_path, model, made):
+    predict(scans=[scans], out=tmp_path / "one", model=model)
+    predict(scans=[scans], out=tmp_path / "two", model=model, seed=7, steps=5, samples=3, threshold=0.25)
+    assert made[0].options == {"device": "auto", "precision": "auto", "seed": 0, "batch_size": None}
+    assert made[1].options == {
+        "device": "auto",
+        "precision": "auto",
+        "seed": 7,
+        "batch_size": None,
+        "num_inference_steps": 5,
+        "num_samples": 3,
+        "threshold": 0.25,
+    }
+    assert not (tmp_path / "one" / "uncertainty").exists()
+    assert (tmp_path / "two" / "uncertainty" / "a.png").exists()
+
+
+def test_json_goes_to_stdout_and_nothing_else_does(scans, tmp_path, model, made, capfd):
+    predict(scans=[scans], out=tmp_path / "masks", model=model, as_json=True)
+    result = json.loads(capfd.readouterr().out)
+    assert (result["images"], result["done"], result["failed"]) == (3, 3, 0)
+    assert result["cases"][0]["file"] == "a.png"
+
+
+@pytest.mark.faults
+def test_some_bad_files_give_exit_code_3_and_are_named(scans, tmp_path, model, made, capfd):
+    (scans / "bad.png").write_bytes(b"")
+    out = tmp_path / "masks"
+    assert exit_code(scans=[scans], out=out, model=model) == 3
+    message = capfd.readouterr().err
+    assert "bad.png" in message
+    assert "3 of 4 images done" in message
+    assert "Traceback" not in message
+    assert {row["file"]: row["status"] for row in rows(out)}["bad.png"] == "failed"
+
+
+@pytest.mark.faults
+def test_only_bad_files_give_exit_code_1(tmp_path, model, made):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "bad.png").write_bytes(b"")
+    assert exit_code(scans=[tmp_path / "scans"], out=tmp_path / "masks", model=model) == 1
+
+
+@pytest.mark.faults
+def test_existing_masks_are_refused_before_the_model_is_loaded(scans, tmp_path, model, made):
+    predict(scans=[scans], out=tmp_path / "masks", model=model)
+    with pytest.raises(UsageError, match="exist already"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model)
+    assert len(made) == 1
+    predict(scans=[scans], out=tmp_path / "masks", model=model, overwrite=True)
+
+
+def test_skip_existing_predicts_only_what_is_missing_and_keeps_the_rows(scans, tmp_path, model, made):
+    out = tmp_path / "masks"
+    predict(scans=[scans], out=out, model=model)
+    (out / "b.png").unlink()
+    before = (out / "a.png").stat().st_mtime_ns
+    predict(scans=[scans], out=out, model=model, skip_existing=True)
+    assert (out / "a.png").stat().st_mtime_ns == before
+    assert [(row["status"], row["width"]) for row in rows(out)] == [
+        ("skipped", "30"), ("done", "30"), ("skipped", "30"),
+    ]  # fmt: skip
+
+
+@pytest.mark.faults
+def test_skip_existing_refuses_to_mix_two_settings(scans, tmp_path, model, made):
+    predict(scans=[scans], out=tmp_path / "masks", model=model)
+    with pytest.raises(UsageError, match=r"made with seed 0 \(now 1\)"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model, seed=1, skip_existing=True)
+
+
+@pytest.mark.faults
+def test_an_output_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
+    scans, tmp_path, model, made
+):
+    (tmp_path / "masks").write_text("a file")
+    with pytest.raises(UsageError, match="cannot be written to"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model)
+    assert made == []
+
+
+@pytest.mark.faults
+def test_a_model_that_is_not_there_is_a_usage_error(scans, tmp_path, made):
+    with pytest.raises(UsageError):
+        predict(scans=[scans], out=tmp_path / "masks", model=str(tmp_path / "none"))
+    assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.faults
+def test_without_any_run_the_message_says_how_to_make_one(scans, tmp_path, monkeypatch, made):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="sdseg train"):
+        predict(scans=[scans], out=tmp_path / "masks")
+
+
+@pytest.mark.faults
+def test_a_full_disk_ends_with_an_error_and_what_was_done_is_listed(
+    scans, tmp_path, model, made, monkeypatch, capfd
+):
+    original = engine.write_label_map
+    room = iter(range(2))
+
+    def until_full(path, *arguments, **options):
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(engine, "write_label_map", until_full)
+    out = tmp_path / "masks"
+    with pytest.raises(DataError, match="No space left") as error:
+        predict(scans=[scans], out=out, model=model)
+    assert error.value.exit_code == 1
+    assert sorted(row["status"] for row in rows(out)) == ["done", "done", "failed"]
+    assert len(list(out.glob("*.png"))) == 2
+    assert "2 of 3 images done" in capfd.readouterr().err
+    assert json.loads((out / "prediction.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.faults
+def test_a_disk_too_full_for_the_summary_lists_what_was_done_on_the_screen(
+    scans, tmp_path, model, made, monkeypatch, capfd
+):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sdseg_cli.commands.predict.write_summary", full)
+    predict(scans=[scans], out=tmp_path / "masks", model=model)
+    message = capfd.readouterr().err
+    assert "summary.csv cannot be written (No space left on device)" in message
+    assert all(name in message for name in ("a.png", "b.jpg", "c.bmp"))
+
+
+SLOW = """
+import sys, time, types
+from pathlib import Path
+import numpy as np
+
+class Slow:
+    image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+    def __call__(self, inputs):
+        for one in inputs:
+            print("predicting", flush=True)
+            time.sleep(0.15)
+            level = one.grid.probabilities_to_case(one.image.mean(axis=-1).astype(np.float32) / 255)
+            yield types.SimpleNamespace(case_id=one.case_id, slice_index=0,
+                label_map=(level > 0.5).astype(np.uint8), probabilities=np.stack([1 - level, level]),
+                uncertainty=level, samples=None)
+
+from sdseg_cli.core.engine import inference
+inference.load_predictor = lambda reference, **options: Slow()
+from sdseg_cli.cli import main
+sys.argv = ["sdseg", *sys.argv[1:]]
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def slow_scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(60):
+        Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def start_slow(tmp_path: Path, scans: Path, model: str) -> subprocess.Popen:
+    script = tmp_path / "slow.py"
+    script.write_text(textwrap.dedent(SLOW))
+    return subprocess.Popen(
+        [sys.executable, script, "predict", scans, "--out", tmp_path / "masks", "--model", model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_order_with_whole_masks_and_a_summary(tmp_path, slow_scans, model, number, code):
+    process = start_slow(tmp_path, slow_scans, model)
+    for _ in range(4):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "predicting\n"
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "--skip-existing" in message
+    assert "Traceback" not in message
+    out = tmp_path / "masks"
+    masks = {path.name for path in out.glob("*.png")}
+    assert 2 <= len(masks) < 60
+    assert {f"{row['case']}.png" for row in rows(out) if row["status"] == "done"} == masks
+    for name in masks:
+        assert read_label_map(out / name, num_classes=2).shape == (20, 30)
+    assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.faults
+def test_something_is_on_the_screen_within_two_seconds_also_for_many_files(tmp_path, model):
+    folder = tmp_path / "ten-thousand"
+    folder.mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "0.png")
+    for index in range(1, 10_000):
+        os.link(folder / "0.png", folder / f"{index}.png")
+    began = time.monotonic()
+    process = start_slow_without_torch(folder, tmp_path, model)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    seconds = time.monotonic() - began
+    process.kill()
+    process.communicate()
+    assert line.startswith("model:")
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    assert seconds < 2 * max(1.0, busy)
+
+
+def start_slow_without_torch(scans: Path, tmp_path: Path, model: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sdseg_cli", "predict", scans, "--out", tmp_path / "masks"]
+    return subprocess.Popen(
+        [*command, "--model", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
