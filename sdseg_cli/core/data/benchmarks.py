@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sdseg_cli.core.data.pairs import Pairs, pair_folders
+from sdseg_cli.core.data.preparation import RawCase
 from sdseg_cli.core.errors import DataError
 
 CVC_SEQUENCE_ENDS = (
@@ -119,12 +121,30 @@ CVC = Benchmark(
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (KSEG, CVC)}
 
 
+def phantom_cases(kind: str, *, cases: int, seed: int, size: int) -> list[RawCase]:
+    """List the cases of a phantom data set; each is drawn when it is prepared.
+
+    Args:
+        kind: see ``phantom.PHANTOM_KINDS``.
+        cases: how many.
+        seed: of the series.
+        size: about the height and width of the pictures, in pixels.
+    """
+    from sdseg_cli.core.data.phantom import make_phantom
+
+    digits = len(str(max(cases - 1, 0)))
+    names = [f"{kind}-{index:0{digits}d}" for index in range(cases)]
+    return [
+        RawCase(name, name, arrays=partial(make_phantom, kind, seed=seed, index=index, size=size))
+        for index, name in enumerate(names)
+    ]
+
+
 def _home_of(root: Path, wanted: tuple[str, str], layout: str, prefer: str = "") -> Path:
     """The folder, at most three levels below ``root``, that holds the two wanted folders."""
     homes = [
         folder
-        for pattern in (".", "*", "*/*", "*/*/*")
-        for folder in sorted(root.glob(pattern))
+        for folder in (root, *(found for depth in range(1, 4) for found in sorted(root.glob("*/" * depth))))
         if all((folder / name).is_dir() for name in wanted)
     ]
     if not homes:

@@ -61,7 +61,8 @@ def pair_folders(
     for stem, files in image_stems.items():
         mates = mask_stems.pop(stem, [])
         if not mates:
-            problems.append(Problem(_name(files[0], images), f"image without a mask in {masks}"))
+            reason = f"image {_name(files[0], images)} has no mask in {masks}"
+            problems.append(Problem(_flat(stem), reason))
         elif len(files) == 1 and len(mates) == 1:
             cases.append(_case(_flat(stem), files[0], mates[0], images, masks, root, group_of))
         else:
@@ -71,10 +72,12 @@ def pair_folders(
                 cases.append(_case(case_id, file, mate, images, masks, root, group_of))
             if not resolved:
                 names = ", ".join(file.name for file in (*files, *mates))
-                problems.append(Problem(stem, f"several files share this name ({names}): which belong?"))
+                problems.append(
+                    Problem(_flat(stem), f"several files share this name ({names}): which belong?")
+                )
     problems += [
-        Problem(_name(mate, masks), f"mask without an image in {images}")
-        for mates in mask_stems.values()
+        Problem(_flat(stem), f"mask {_name(mate, masks)} has no image in {images}")
+        for stem, mates in mask_stems.items()
         for mate in mates
     ]
     if not cases:

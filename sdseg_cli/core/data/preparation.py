@@ -434,10 +434,13 @@ def _evenly(split: Split) -> frozenset[str]:
     """The cases of the contact sheet: spread over the splits by their size, each split shown."""
     parts = {name: ids for name, ids in split.parts().items() if ids}
     total = sum(map(len, parts.values()))
-    chosen: list[str] = []
-    for ids in parts.values():
-        count = min(len(ids), max(3, round(_SHEET_ITEMS * len(ids) / total)))
-        chosen += [ids[index * len(ids) // count] for index in range(count)]
+    counts = {name: min(len(ids), max(3, _SHEET_ITEMS * len(ids) // total)) for name, ids in parts.items()}
+    largest = max(counts, key=lambda name: counts[name], default="")
+    if largest:
+        counts[largest] = min(len(parts[largest]), _SHEET_ITEMS - sum(counts.values()) + counts[largest])
+    chosen = [
+        ids[index * len(ids) // counts[name]] for name, ids in parts.items() for index in range(counts[name])
+    ]
     return frozenset(chosen)
 
 
