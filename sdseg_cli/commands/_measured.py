@@ -1,0 +1,125 @@
+"""What ``evaluate`` and ``stability`` share: the model and the data they measure, and how they report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdseg_cli import console
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.recipe import Recipe
+from sdseg_cli.core.reporting.page import Table
+from sdseg_cli.core.run_directory import ModelReference, library_versions, now, resolve_model
+from sdseg_cli.core.seeding import derive_seed
+
+SUMMARY_FILE = "summary.json"  # also the mark by which a folder of results is known as ours
+CASES_FILE = "cases.csv"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with the recipe it was trained by, where that is known."""
+
+    reference: ModelReference
+    recipe: Recipe | None
+
+    @classmethod
+    def find(cls, model: str | None) -> Model:
+        """Find the model of ``--model`` and say which one it is."""
+        reference = resolve_model(model)
+        run = reference.run
+        recipe = run.read_recipe() if run is not None and run.recipe_file.is_file() else None
+        console.say(f"model: {reference.description}")
+        return cls(reference, recipe)
+
+    def dataset(self, data: Path | None) -> PreparedDataset:
+        """Open the dataset of ``--data``, or the one the model was trained on.
+
+        Raises:
+            UsageError: neither is known.
+            DataError: it is not there or torn.
+        """
+        if data is not None:
+            return PreparedDataset.open(data)
+        if self.recipe is None:
+            raise UsageError(
+                f"{self.reference.description}: no recipe beside it says what it was trained on. "
+                "Name a prepared dataset with --data."
+            )
+        dataset = PreparedDataset.open(self.recipe.data.dataset)
+        trained_on = self._trained_on().get("fingerprint")
+        if trained_on is not None and trained_on != dataset.manifest.fingerprint:
+            console.warn(
+                f"dataset {dataset.root} is no longer the one this run was trained on (fingerprint "
+                f"{dataset.manifest.fingerprint[:12]}, then {trained_on[:12]}): its test cases may have been "
+                "training cases."
+            )
+        return dataset
+
+    def sampling(self, **given: Any) -> dict[str, Any]:
+        """Options of the predictor: as given, else as the recipe says; what neither says is left out."""
+        chosen = dict(given)
+        if self.recipe is not None:
+            for name, value in chosen.items():
+                if value is None and hasattr(self.recipe.sampling, name):
+                    chosen[name] = getattr(self.recipe.sampling, name)
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def evidence(self) -> dict[str, Any]:
+        """What the report records about the model."""
+        run = self.reference.run
+        fields = run.read_run_json() if run is not None else {}
+        return {
+            "location": self.reference.location,
+            "run": str(run.root) if run is not None else None,
+            "recipe": self.recipe.name if self.recipe is not None else None,
+            "trained_until": fields.get("ended"),
+        }
+
+    def _trained_on(self) -> Mapping[str, Any]:
+        run = self.reference.run
+        recorded = run.read_run_json().get("dataset") if run is not None else None
+        return recorded if isinstance(recorded, Mapping) else {}
+
+
+def dataset_evidence(dataset: PreparedDataset, split: str) -> dict[str, Any]:
+    """What the report records about the data; refuses an empty split.
+
+    Raises:
+        DataError: the split holds no slice.
+    """
+    manifest = dataset.manifest
+    if not manifest.splits.get(split):
+        filled = ", ".join(f"{name} ({count})" for name, count in manifest.splits.items() if count)
+        raise DataError(
+            f"{dataset.root}: split {split!r} is empty; there are {filled}. Choose another --split."
+        )
+    return {
+        "path": str(dataset.root),
+        "name": manifest.name,
+        "split": split,
+        "slices": manifest.splits[split],
+        "fingerprint": manifest.fingerprint,
+        "classes": list(manifest.classes),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Time and versions, for the report."""
+    return {"written": now(), "versions": library_versions()}
+
+
+def show(table: Table, notes: Sequence[str] = ()) -> None:
+    """Draw a table of results on stdout."""
+    console.show_table(
+        table.columns, table.rows, title=table.title, caption="\n".join([table.caption, *notes])
+    )
+
+
+def file_name(case_id: str) -> str:
+    """A file name (without suffix) for a case id, which may hold slashes or be very long; never twice."""
+    clean = "".join(c if c.isalnum() or c in "-_." else "_" for c in case_id)[:80]
+    return clean if clean == case_id else f"{clean}-{derive_seed(case_id) % 16**8:08x}"

@@ -1,0 +1,377 @@
+"""``sdseg evaluate``: scores of a split or of a folder of masks, per case and class, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdseg_cli import console
+from sdseg_cli.commands._measured import (
+    CASES_FILE,
+    SUMMARY_FILE,
+    Model,
+    dataset_evidence,
+    file_name,
+    provenance,
+    show,
+)
+from sdseg_cli.commands._options import (
+    BatchSizeOption,
+    Convention,
+    ConventionOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    GridOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    Precision,
+    PrecisionOption,
+    SamplesOption,
+    ScoreGrid,
+    SeedOption,
+    Split,
+    SplitOption,
+    StepsOption,
+    ThresholdOption,
+    complete_run,
+)
+from sdseg_cli.core.data.images import write_png
+from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.reporting.tables import to_csv
+from sdseg_cli.core.run_directory import atomic_write, to_json
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase
+    from sdseg_cli.core.engine.processes import Processes
+
+OVERLAYS = "overlays"
+DEFAULT_OUT = Path("evaluation")  # where neither --out nor a run says otherwise
+MOST_LISTED = 20  # bad cases named on the screen; the summary has them all
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--run",
+            "-m",
+            metavar="RUN|FOLDER|HUB_ID",
+            help="Run directory, model folder or hub id. Default: the newest finished run.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
+    ] = None,
+    data: DataOption = None,
+    split: SplitOption = Split.test,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Masks to score, instead of a model's.", show_default=False),
+    ] = None,
+    ground_truth: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The true masks, of the same names.", show_default=False),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="With --predictions: foreground classes by commas, in the order of their numbers. "
+            "Default: one, 'foreground'.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="With --predictions: score a missing mask as empty.")
+    ] = False,
+    convention: ConventionOption = None,
+    grid: GridOption = None,
+    out: OutOption = None,
+    overlays: Annotated[int, typer.Option(min=0, max=1000, help="How many of the worst cases to draw.")] = 8,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    samples: SamplesOption = None,
+    threshold: ThresholdOption = None,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on a split, or one folder of masks against another.
+
+    Writes cases.csv (Dice, IoU, precision, recall, HD95, ASSD per case and class),
+    summary.json (mean, median, bootstrap 95 % interval) and overlays/ (the worst cases).
+    Cases that cannot be scored are listed, and the exit code is then 3.
+
+    Examples:
+
+    sdseg evaluate  # newest run, its test split
+
+    sdseg evaluate --run runs/kseg-fast --split validation --convention sdseg --grid model
+
+    sdseg evaluate --predictions masks/ --ground-truth truth/ --out scores/
+
+    sdseg evaluate --predictions masks/ --ground-truth truth/ --classes liver,kidney --json
+    """
+    if predictions is None and ground_truth is None:
+        _refuse({"--classes": classes, "--allow-missing": allow_missing}, "--predictions and --ground-truth")
+        found = Model.find(model)
+        settings = found.recipe.evaluate if found.recipe is not None else None
+        evaluation = _evaluate_split(
+            found,
+            data,
+            split.value,
+            out,
+            convention=(convention or (settings.convention if settings else Convention.standard)),
+            grid=(grid or (settings.grid if settings else ScoreGrid.case)),
+            sampling=found.sampling(num_inference_steps=steps, num_samples=samples, threshold=threshold),
+            loading={
+                "device": device.value,
+                "precision": precision.value,
+                "batch_size": batch_size,
+                "seed": seed,
+            },
+            worst=overlays,
+            overwrite=overwrite,
+        )
+    else:
+        given = {"--model": model, "--data": data, "--grid": grid, "--steps": steps, "--samples": samples}
+        _refuse({**given, "--threshold": threshold}, "a model")
+        if predictions is None or ground_truth is None:
+            raise UsageError("--predictions and --ground-truth belong together: give both folders.")
+        evaluation = _evaluate_folders(
+            predictions,
+            ground_truth,
+            _class_names(classes),
+            out or DEFAULT_OUT,
+            convention=convention or Convention.standard,
+            allow_missing=allow_missing,
+            worst=overlays,
+            overwrite=overwrite,
+        )
+    if evaluation.processes.is_main:
+        evaluation.report(worst=overlays, overwrite=overwrite, as_json=as_json)
+    if evaluation.failed:
+        raise typer.Exit(3)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The records of all processes and what the report says about them."""
+
+    title: str
+    target: Path
+    classes: tuple[str, ...]
+    convention: str
+    scores: list[CaseScores]
+    failed: list[FailedCase]
+    processes: Processes
+    facts: dict[str, Any]
+
+    def report(self, *, worst: int, overwrite: bool, as_json: bool) -> None:
+        """Write the folder of results, then show the table."""
+        from sdseg_cli.core.engine.evaluation import (
+            CASE_COLUMNS,
+            CONVENTION_TEXTS,
+            DISTANCE_TEXT,
+            case_rows,
+            evaluation_table,
+            summarise_cases,
+            worst_cases,
+        )
+
+        summary = summarise_cases(self.scores, self.classes)
+        content = {
+            "title": self.title,
+            "convention": self.convention,
+            "convention_meaning": CONVENTION_TEXTS[self.convention],
+            "distance_meaning": DISTANCE_TEXT,
+            "distance_unit": summary.unit,
+            "cases": {"scored": len(self.scores), "failed": len(self.failed)},
+            "failed_cases": {case.case_id: case.error for case in self.failed},
+            "classes": {entry.class_name: asdict(entry) for entry in summary.classes},
+            **self.facts,
+            **provenance(),
+        }
+        with whole_folder(self.target, overwrite=overwrite, ours=SUMMARY_FILE) as folder:
+            atomic_write(folder / CASES_FILE, to_csv(case_rows(self.scores), CASE_COLUMNS))
+            _draw(worst_cases(self.scores, worst), folder / OVERLAYS, self.classes)
+            atomic_write(folder / SUMMARY_FILE, to_json(content, indent=2) + "\n")
+        if as_json:
+            console.show_json(content)
+        else:
+            show(evaluation_table(summary, self.title, self.convention))
+        for case in self.failed[:MOST_LISTED]:
+            console.warn(case.error if case.case_id in case.error else f"{case.case_id}: {case.error}")
+        if len(self.failed) > MOST_LISTED:
+            console.warn(f"and {len(self.failed) - MOST_LISTED} more, see {SUMMARY_FILE}")
+        if self.failed:
+            total = len(self.scores) + len(self.failed)
+            console.warn(f"{len(self.failed)} of {total} cases could not be scored and are in no figure")
+        console.done(f"{self.target}: {CASES_FILE}, {SUMMARY_FILE}" + (f", {OVERLAYS}/" if worst else ""))
+
+
+def _evaluate_split(
+    model: Model,
+    data: Path | None,
+    split: str,
+    out: Path | None,
+    *,
+    convention: Any,
+    grid: Any,
+    sampling: dict[str, Any],
+    loading: dict[str, Any],
+    worst: int,
+    overwrite: bool,
+) -> _Evaluation:
+    convention, grid = str(convention), str(grid)
+    dataset = model.dataset(data)
+    evidence = dataset_evidence(dataset, split)
+    run = model.reference.run
+    target = out or (run.evaluation / split if run is not None else DEFAULT_OUT)
+    refuse_existing(target, overwrite=overwrite, ours=SUMMARY_FILE)
+    console.say(f"data: {dataset.root}, split {split}, {evidence['slices']} slices")
+
+    with console.working("loading the model"):
+        from sdseg_cli.core.engine.evaluation import check_fit, evaluate_split
+        from sdseg_cli.core.engine.inference import load_predictor
+        from sdseg_cli.core.engine.processes import Processes
+
+        processes = Processes(cpu=loading["device"] == "cpu")
+        predictor = load_predictor(model.reference, grid=grid, **sampling, **loading)
+    check_fit(predictor, dataset.manifest, dataset.root)
+    view = dataset.split(split)
+    scored = evaluate_split(
+        predictor,
+        view,
+        dataset.manifest.classes,
+        convention=convention,  # type: ignore[arg-type]
+        grid=grid,  # type: ignore[arg-type]
+        processes=processes,
+    )
+    scores, failed = _collect(scored, len(set(view.case_ids)), worst, processes)
+    return _Evaluation(
+        f"{model.reference.location}, split {split} of {dataset.manifest.name}",
+        target,
+        dataset.manifest.classes,
+        convention,
+        scores,
+        failed,
+        processes,
+        {
+            "model": model.evidence(),
+            "dataset": evidence,
+            "grid": grid,
+            "sampling": {"seed": loading["seed"], **sampling},
+            "precision": predictor.precision,
+            "device": str(predictor.device),
+            "processes": processes.count,
+        },
+    )
+
+
+def _evaluate_folders(
+    predictions: Path,
+    ground_truth: Path,
+    classes: tuple[str, ...],
+    out: Path,
+    *,
+    convention: Convention,
+    allow_missing: bool,
+    worst: int,
+    overwrite: bool,
+) -> _Evaluation:
+    refuse_existing(out, overwrite=overwrite, ours=SUMMARY_FILE)
+    from sdseg_cli.core.engine.evaluation import evaluate_folders, pair_folders
+
+    pairs = pair_folders(predictions, ground_truth, allow_missing=allow_missing)
+    for path in pairs.unmatched:
+        console.warn(f"{path}: there is no ground truth of this name, so it is not scored")
+    if pairs.missing:
+        console.warn(f"missing and scored as empty: {', '.join(pairs.missing)}")
+    with console.working(f"scoring {len(pairs.pairs)} pairs of masks"):
+        from sdseg_cli.core.engine.processes import Processes
+
+        processes = Processes(cpu=True)
+    scored = evaluate_folders(pairs, classes, convention=convention.value, processes=processes)
+    scores, failed = _collect(scored, len(pairs.pairs), worst, processes)
+    if not scores:
+        raise DataError(
+            f"none of the {len(failed)} pairs could be scored: {'; '.join(case.error for case in failed[:5])}"
+        )
+    return _Evaluation(
+        f"{predictions} against {ground_truth}",
+        out,
+        classes,
+        convention.value,
+        scores,
+        failed,
+        processes,
+        {
+            "predictions": str(predictions),
+            "ground_truth": str(ground_truth),
+            "missing_scored_as_empty": list(pairs.missing),
+            "unmatched_predictions": [str(path) for path in pairs.unmatched],
+            "grid": "case",
+            "processes": processes.count,
+        },
+    )
+
+
+def _collect(
+    scored: Iterable[CaseScores | FailedCase], total: int, worst: int, processes: Processes
+) -> tuple[list[CaseScores], list[FailedCase]]:
+    """Score this process's share and bring the records of all together, in order."""
+    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, keep_worst_pictures
+
+    share = len(processes.share(range(total)))
+    shown = console.progress(scored, share, "scoring", unit="cases")
+    records = processes.gather(keep_worst_pictures(shown, worst))
+    scores = [record for record in records if isinstance(record, CaseScores)]
+    return scores, [record for record in records if isinstance(record, FailedCase)]
+
+
+def _draw(cases: Sequence[CaseScores], folder: Path, classes: Sequence[str]) -> None:
+    """Draw the worst cases, the worst first: one picture each."""
+    from sdseg_cli.core.reporting.overlays import prediction_grid
+
+    if not cases:
+        return
+    folder.mkdir()
+    for rank, case in enumerate(cases, start=1):
+        if case.picture is None:
+            continue
+        scores = ", ".join(f"{entry.class_name} {entry.dice:.3f}" for entry in case.classes)
+        picture = case.picture
+        row = (
+            f"{case.case_id}: Dice {scores}",
+            picture.image,
+            picture.ground_truth,
+            picture.prediction,
+        )
+        target = folder / f"worst-{rank:02d}-{file_name(case.case_id)}.png"
+        write_png(target, prediction_grid([row], classes=classes))
+
+
+def _class_names(classes: str | None) -> tuple[str, ...]:
+    names = ["foreground"] if classes is None else [name.strip() for name in classes.split(",")]
+    if not all(names) or len(set(names)) < len(names) or len(names) > 254:
+        raise UsageError(
+            f"--classes {classes!r}: expected different names separated by commas, e.g. liver,kidney."
+        )
+    return ("background", *names)
+
+
+def _refuse(options: dict[str, Any], what: str) -> None:
+    """Refuse options that would have no effect."""
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise UsageError(f"{', '.join(given)} only make sense with {what}. Leave them out.")

@@ -1,0 +1,576 @@
+"""Predictions against ground truth: a record per case first, every summary computed from the records."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from sdseg_cli.core.data.images import list_images, read_label_map
+from sdseg_cli.core.errors import DataError, SdsegError
+from sdseg_cli.core.grid import Grid
+from sdseg_cli.core.metrics.overlap import (
+    Convention,
+    Counts,
+    count_classes,
+    dice,
+    iou,
+    precision,
+    recall,
+    sum_counts,
+)
+from sdseg_cli.core.metrics.summary import Summary, summarise
+from sdseg_cli.core.metrics.surface import SurfaceScores, surface_scores
+from sdseg_cli.core.reporting.page import Table
+from sdseg_cli.core.reporting.tables import cell, interval_cell
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.data.prepared import DatasetManifest, PreparedSlice, SplitView
+    from sdseg_cli.core.engine.inference import Predictor, SliceInput
+    from sdseg_cli.core.engine.processes import Processes
+
+GridName = Literal["case", "model"]
+METRICS: tuple[str, ...] = ("dice", "iou", "precision", "recall", "hd95", "assd")
+DISTANCES: tuple[str, ...] = ("hd95", "assd")
+MEAN_OF_CLASSES = "mean of classes"
+PICTURE_SIZE = 256  # pixels; the longer side of a picture kept of a case from a folder
+
+CONVENTION_TEXTS: dict[str, str] = {
+    "standard": "Empty masks: both empty is undefined and counted as absent; only one empty scores 0 and is "
+    "infinitely far.",
+    "sdseg": "Empty masks as in the published code: Dice and IoU are 1 where only the truth is empty and 0 "
+    "where both are; distances and precision and recall as in 'standard'.",
+}
+DISTANCE_TEXT = (
+    "HD95 is the larger of the two directed 95th percentiles, ASSD the mean over both outlines pooled. "
+    "Means of distances are over the cases where both outlines exist; read them with the counts of missed "
+    "and invented structures beside them. Medians include those as infinite."
+)
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """What is needed to show a case: image uint8 (H, W, 3), truth and prediction uint8 (H, W)."""
+
+    image: np.ndarray
+    ground_truth: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """The scores of one class of one case; NaN is undefined, infinite distances are missed structures."""
+
+    class_name: str
+    counts: Counts
+    dice: float
+    iou: float
+    precision: float
+    recall: float
+    hd95: float
+    assd: float
+
+    @property
+    def outcome(self) -> str:
+        """``scored``, ``missed``, ``false alarm`` or ``absent``."""
+        if self.counts.is_missed:
+            return "missed"
+        if self.counts.is_false_alarm:
+            return "false alarm"
+        return "absent" if self.counts.is_absent else "scored"
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """The scores of one case: all its slices together, one entry per foreground class."""
+
+    case_id: str
+    group: str
+    slices: int
+    unit: str  # of the distances: "mm" or "px"
+    classes: tuple[ClassScores, ...]
+    picture: CasePicture | None = None
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over the classes with a defined score, NaN where there is none."""
+        return _mean([scores.dice for scores in self.classes])
+
+    @property
+    def badness(self) -> float:
+        """For ranking: 1 - Dice by the formula, so that a false alarm is bad under every convention."""
+        value = _mean([dice(scores.counts) for scores in self.classes])
+        return -1.0 if math.isnan(value) else 1.0 - value
+
+
+@dataclass(frozen=True)
+class FailedCase:
+    """A case that could not be scored, and why."""
+
+    case_id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class FolderPairs:
+    """Two folders paired by file name without suffix.
+
+    Attributes:
+        pairs: (case id, prediction or None where it is missing, ground truth), in natural order.
+        missing: ids of ground truths without a prediction.
+        unmatched: predictions without a ground truth; they cannot be scored.
+    """
+
+    pairs: tuple[tuple[str, Path | None, Path], ...]
+    missing: tuple[str, ...]
+    unmatched: tuple[Path, ...]
+
+
+# ---- a split of a prepared dataset ----------------------------------------------------------------------
+
+
+def check_fit(predictor: Predictor, manifest: DatasetManifest, root: Path) -> None:
+    """Refuse a model and a dataset that were not made for each other.
+
+    Raises:
+        DataError: the number of classes, the image size or the way of resizing differs.
+    """
+    found = (manifest.num_classes, manifest.image_size, manifest.resize)
+    wanted = (predictor.num_classes, predictor.image_size, predictor.resize)
+    names = ("classes (background included)", "image size", "resize")
+    differences = [
+        f"{name}: dataset {a}, model {b}" for name, a, b in zip(names, found, wanted, strict=True) if a != b
+    ]
+    if differences:
+        raise DataError(
+            f"dataset {root} does not fit the model: {'; '.join(differences)}. "
+            "Prepare the data with the settings the model was trained with, or choose another --model."
+        )
+
+
+def evaluate_split(
+    predictor: Predictor,
+    split: SplitView,
+    classes: Sequence[str],
+    *,
+    convention: Convention = "standard",
+    grid: GridName = "case",
+    processes: Processes | None = None,
+) -> Iterator[CaseScores]:
+    """Predict every case of a split and score it. A generator: unread, it does nothing.
+
+    Args:
+        predictor: made with the same ``grid``.
+        split: the slices; those of one case are scored together.
+        classes: names in the order of the labels, the background first.
+        convention: for empty masks, see :mod:`sdseg_cli.core.metrics.overlap`.
+        grid: score on the case's own grid, or on the model's as the paper does.
+        processes: share the cases with other processes; this one yields its own part only.
+
+    Yields:
+        One record per case, in the order of the split, with a picture of its worst slice.
+
+    Raises:
+        DataError: a slice cannot be decoded.
+    """
+    positions: dict[str, list[int]] = {}
+    for position, case_id in enumerate(split.case_ids):
+        positions.setdefault(case_id, []).append(position)
+    mine = list(positions) if processes is None else processes.share(list(positions))
+    pending: deque[PreparedSlice] = deque()
+    parts: list[_SliceScores] = []
+    inputs = _inputs((split[position] for case_id in mine for position in positions[case_id]), pending)
+    for prediction in predictor(inputs):
+        current = pending.popleft()
+        parts.append(_score_slice(prediction.label_map, current, len(classes), grid))
+        if len(parts) == len(positions[current.case_id]):
+            yield _score_case(current.case_id, current.group, parts, classes, convention)
+            parts = []
+
+
+def _inputs(slices: Iterable[PreparedSlice], pending: deque[PreparedSlice]) -> Iterator[SliceInput]:
+    """Pass slices on to the predictor and remember their truth until the prediction comes back."""
+    from sdseg_cli.core.engine.inference import SliceInput
+
+    for current in slices:
+        pending.append(current)
+        yield SliceInput(current.case_id, current.slice_index, current.image, current.grid)
+
+
+@dataclass(frozen=True)
+class _SliceScores:
+    counts: tuple[Counts, ...]
+    surfaces: tuple[SurfaceScores, ...]
+    has_spacing: bool
+    picture: CasePicture
+
+
+def _score_slice(
+    label_map: np.ndarray, current: PreparedSlice, num_classes: int, grid: GridName
+) -> _SliceScores:
+    truth, spacing = current.label_map, current.spacing_mm
+    if grid == "model":
+        truth = current.grid.labels_to_model(truth)
+        spacing = _model_spacing(spacing, current.grid)
+    if label_map.shape != truth.shape:
+        raise ValueError(
+            f"case {current.case_id!r}: prediction is {_size(label_map)}, ground truth {_size(truth)}"
+        )
+    shown = label_map if grid == "model" else current.grid.labels_to_model(label_map)
+    picture = CasePicture(current.image, current.grid.labels_to_model(current.label_map), shown)
+    return _SliceScores(
+        count_classes(label_map, truth, num_classes),
+        _surfaces(label_map, truth, num_classes, spacing),
+        spacing is not None,
+        picture,
+    )
+
+
+def _model_spacing(spacing_mm: tuple[float, float] | None, grid: Grid) -> tuple[float, float] | None:
+    if spacing_mm is None:
+        return None
+    _, _, height, width = grid.content
+    return spacing_mm[0] * grid.height / height, spacing_mm[1] * grid.width / width
+
+
+def _surfaces(
+    label_map: np.ndarray, truth: np.ndarray, num_classes: int, spacing: tuple[float, float] | None
+) -> tuple[SurfaceScores, ...]:
+    return tuple(surface_scores(label_map == k, truth == k, spacing) for k in range(1, num_classes))
+
+
+def _score_case(
+    case_id: str, group: str, parts: Sequence[_SliceScores], classes: Sequence[str], convention: Convention
+) -> CaseScores:
+    scores = []
+    for index, name in enumerate(classes[1:]):
+        counts = sum_counts(part.counts[index] for part in parts)
+        scores.append(_class_scores(name, counts, [part.surfaces[index] for part in parts], convention))
+    worst = max(parts, key=lambda part: sum(c.false_positive + c.false_negative for c in part.counts))
+    unit = "mm" if all(part.has_spacing for part in parts) else "px"
+    return CaseScores(case_id, group, len(parts), unit, tuple(scores), worst.picture)
+
+
+def _class_scores(
+    name: str, counts: Counts, surfaces: Sequence[SurfaceScores], convention: Convention
+) -> ClassScores:
+    # The distance of a stack of slices needs the distance between them, which is not recorded: no figure
+    # is better than a wrong one. A structure that is missed in the whole case is infinitely far all the same.
+    surface = surfaces[0] if len(surfaces) == 1 else SurfaceScores(math.nan, math.nan)
+    if len(surfaces) > 1 and (counts.is_missed or counts.is_false_alarm):
+        surface = SurfaceScores(math.inf, math.inf)
+    return ClassScores(
+        name,
+        counts,
+        dice(counts, convention),
+        iou(counts, convention),
+        precision(counts),
+        recall(counts),
+        surface.hd95,
+        surface.assd,
+    )
+
+
+# ---- two folders ----------------------------------------------------------------------------------------
+
+
+def pair_folders(predictions: Path, ground_truth: Path, *, allow_missing: bool = False) -> FolderPairs:
+    """Pair the masks of two folders by name without suffix.
+
+    Where several files of a folder share a stem (``a.png`` and ``a.jpg``) their full names are used, which
+    is how ``sdseg predict`` names the masks of such images (``a.png.png``).
+
+    Args:
+        predictions: folder of label maps.
+        ground_truth: folder of label maps; it decides which cases there are.
+        allow_missing: a missing prediction is a case to be scored as empty, not an error.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        DataError: a folder is missing or empty, or predictions are missing (all are named).
+    """
+    truths = _by_name(ground_truth, "ground truth")
+    predicted = _by_name(predictions, "predictions")
+    pairs = tuple((name, predicted.pop(name, None), path) for name, path in truths.items())
+    missing = tuple(name for name, path, _ in pairs if path is None)
+    if missing and not allow_missing:
+        raise DataError(
+            f"{predictions}: {len(missing)} of {len(pairs)} predictions are missing: {', '.join(missing)}. "
+            f"Expected one mask for every file of {ground_truth}. Predict them, or pass --allow-missing to "
+            "score them as empty."
+        )
+    return FolderPairs(pairs, missing, tuple(predicted.values()))
+
+
+def _by_name(folder: Path, what: str) -> dict[str, Path]:
+    files = list_images(folder)
+    if not files:
+        raise DataError(f"{folder}: no image files in the folder of the {what}. Expected masks, e.g. PNG.")
+    stems = Counter(path.stem for path in files)
+    return {path.stem if stems[path.stem] == 1 else path.name: path for path in files}
+
+
+def evaluate_folders(
+    pairs: FolderPairs,
+    classes: Sequence[str],
+    *,
+    convention: Convention = "standard",
+    processes: Processes | None = None,
+) -> Iterator[CaseScores | FailedCase]:
+    """Score pairs of label maps. A generator: unread, it does nothing.
+
+    Args:
+        pairs: from :func:`pair_folders`.
+        classes: names in the order of the labels, the background first.
+        convention: for empty masks.
+        processes: share the cases with other processes; this one yields its own part only.
+
+    Yields:
+        One record per case: its scores (distances in pixels), or why it has none (unreadable, sizes differ).
+    """
+    mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
+    for case_id, prediction_path, truth_path in mine:
+        try:
+            yield _score_pair(case_id, prediction_path, truth_path, classes, convention)
+        except SdsegError as error:
+            yield FailedCase(case_id, str(error))
+
+
+def _score_pair(
+    case_id: str,
+    prediction_path: Path | None,
+    truth_path: Path,
+    classes: Sequence[str],
+    convention: Convention,
+) -> CaseScores:
+    truth = read_label_map(truth_path, num_classes=len(classes))
+    if prediction_path is None:
+        prediction = np.zeros_like(truth)
+    else:
+        prediction = read_label_map(prediction_path, num_classes=len(classes))
+    if prediction.shape != truth.shape:
+        raise DataError(
+            f"case {case_id!r}: prediction is {_size(prediction)} ({prediction_path}), ground truth "
+            f"{_size(truth)} ({truth_path}). Masks must have the size of the image: predict again, or "
+            "fetch the pair again."
+        )
+    height, width = truth.shape
+    small = Grid(height, width, PICTURE_SIZE, "pad")
+    blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
+    picture = CasePicture(blank, small.labels_to_model(truth), small.labels_to_model(prediction))
+    part = _SliceScores(
+        count_classes(prediction, truth, len(classes)),
+        _surfaces(prediction, truth, len(classes), None),
+        has_spacing=False,
+        picture=picture,
+    )
+    return _score_case(case_id, case_id, [part], classes, convention)
+
+
+# ---- collecting and summing up --------------------------------------------------------------------------
+
+
+def keep_worst_pictures(
+    records: Iterable[CaseScores | FailedCase], count: int
+) -> list[CaseScores | FailedCase]:
+    """Read records and drop the pictures of all but the ``count`` worst, so that memory stays bounded."""
+    kept: list[CaseScores | FailedCase] = []
+    worst: list[tuple[float, int]] = []  # a heap of (badness, -position): its head is the first to go
+    for position, record in enumerate(records):
+        kept.append(record)
+        if isinstance(record, FailedCase):
+            continue
+        heapq.heappush(worst, (record.badness, -position))
+        if len(worst) > count:
+            _, dropped = heapq.heappop(worst)
+            kept[-dropped] = replace(cast("CaseScores", kept[-dropped]), picture=None)
+    return kept
+
+
+def worst_cases(scores: Sequence[CaseScores], count: int) -> list[CaseScores]:
+    """The ``count`` worst cases with a picture, the worst first; ties in the order given."""
+    shown = [record for record in scores if record.picture is not None]
+    return sorted(shown, key=lambda record: -record.badness)[:count]
+
+
+def case_rows(scores: Sequence[CaseScores]) -> list[dict[str, Any]]:
+    """One row per case and class, for ``cases.csv``."""
+    return [
+        {
+            "case": record.case_id,
+            "group": record.group,
+            "slices": record.slices,
+            "class": entry.class_name,
+            **{metric: getattr(entry, metric) for metric in METRICS},
+            "distance_unit": record.unit,
+            "true_px": entry.counts.true,
+            "predicted_px": entry.counts.predicted,
+            "agreed_px": entry.counts.true_positive,
+            "outcome": entry.outcome,
+        }
+        for record in scores
+        for entry in record.classes
+    ]
+
+
+CASE_COLUMNS: tuple[str, ...] = (
+    "case",
+    "group",
+    "slices",
+    "class",
+    *METRICS,
+    "distance_unit",
+    "true_px",
+    "predicted_px",
+    "agreed_px",
+    "outcome",
+)
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class over all cases. ``pooled`` scores add up the pixels of all cases first."""
+
+    class_name: str
+    metrics: dict[str, Summary]
+    missed: int
+    false_alarms: int
+    absent: int
+    pooled_dice: float
+    pooled_iou: float
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """All classes over all cases, and with several classes their mean per case as one more entry."""
+
+    cases: int
+    unit: str
+    classes: tuple[ClassSummary, ...]
+
+
+def summarise_cases(scores: Sequence[CaseScores], classes: Sequence[str]) -> EvaluationSummary:
+    """Compute the summary from the records alone.
+
+    Args:
+        scores: one record per case.
+        classes: names, the background first.
+    """
+    units = {record.unit for record in scores}
+    unit = units.pop() if len(units) == 1 else "mixed" if units else "px"
+    summaries = [
+        _summarise_class(name, [record.classes[index] for record in scores], unit)
+        for index, name in enumerate(classes[1:])
+    ]
+    if len(classes) > 2:
+        summaries.append(_summarise_means(scores, unit))
+    return EvaluationSummary(len(scores), unit, tuple(summaries))
+
+
+def _summarise_class(name: str, entries: Sequence[ClassScores], unit: str) -> ClassSummary:
+    pooled = sum_counts(entry.counts for entry in entries)
+    return ClassSummary(
+        name,
+        {
+            metric: _summarise_metric(metric, [getattr(entry, metric) for entry in entries], unit)
+            for metric in METRICS
+        },
+        missed=sum(entry.counts.is_missed for entry in entries),
+        false_alarms=sum(entry.counts.is_false_alarm for entry in entries),
+        absent=sum(entry.counts.is_absent for entry in entries),
+        pooled_dice=dice(pooled),
+        pooled_iou=iou(pooled),
+    )
+
+
+def _summarise_means(scores: Sequence[CaseScores], unit: str) -> ClassSummary:
+    entries = [entry for record in scores for entry in record.classes]
+    metrics = {
+        metric: _summarise_metric(
+            metric, [_mean([getattr(entry, metric) for entry in record.classes]) for record in scores], unit
+        )
+        for metric in METRICS
+    }
+    return ClassSummary(
+        MEAN_OF_CLASSES,
+        metrics,
+        missed=sum(entry.counts.is_missed for entry in entries),
+        false_alarms=sum(entry.counts.is_false_alarm for entry in entries),
+        absent=sum(entry.counts.is_absent for entry in entries),
+        pooled_dice=math.nan,
+        pooled_iou=math.nan,
+    )
+
+
+def _summarise_metric(metric: str, values: Sequence[float], unit: str) -> Summary:
+    if metric in DISTANCES and unit == "mixed":
+        values = [math.nan] * len(values)  # millimetres and pixels have no mean
+    return summarise(values)
+
+
+def evaluation_table(summary: EvaluationSummary, title: str, convention: str) -> Table:
+    """The summary as a table: one row per class and metric, the counts of empty masks below it."""
+    rows = []
+    for entry in summary.classes:
+        for metric, values in entry.metrics.items():
+            digits = 2 if metric in DISTANCES else 4
+            rows.append(
+                (
+                    entry.class_name,
+                    _metric_label(metric, summary.unit),
+                    cell(values.mean, digits),
+                    interval_cell(values.low, values.high, digits),
+                    cell(values.median, digits),
+                    cell(values.std, digits),
+                    _cases_cell(entry, values),
+                )
+            )
+    columns = ("class", "metric", "mean", "95 % interval", "median", "std", "cases in mean")
+    counts = "; ".join(
+        f"{entry.class_name}: {entry.missed} missed, {entry.false_alarms} "
+        f"{_false_alarms(entry.false_alarms)}, {entry.absent} absent"
+        for entry in summary.classes
+        if entry.class_name != MEAN_OF_CLASSES
+    )
+    caption = (
+        f"{summary.cases} cases. {counts}. Convention {convention!r}. {CONVENTION_TEXTS[convention]} "
+        f"{DISTANCE_TEXT}"
+    )
+    return Table(title, caption, columns, tuple(rows))
+
+
+def _cases_cell(entry: ClassSummary, values: Summary) -> str:
+    """``96``, or ``96, without 3 missed, 1 false alarm`` where infinite distances are left out of a mean."""
+    text = str(values.n - values.infinite)
+    if not values.infinite:
+        return text
+    counts = ((entry.missed, "missed"), (entry.false_alarms, _false_alarms(entry.false_alarms)))
+    left_out = [f"{count} {name}" for count, name in counts if count]
+    return f"{text}, without {', '.join(left_out)}"
+
+
+def _false_alarms(count: int) -> str:
+    return "false alarm" if count == 1 else "false alarms"
+
+
+def _metric_label(metric: str, unit: str) -> str:
+    names = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "assd": f"ASSD ({unit})"}
+    return names.get(metric, metric)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the defined values; NaN without any, infinite if one is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+def _size(label_map: np.ndarray) -> str:
+    return f"{label_map.shape[1]}x{label_map.shape[0]}"
