@@ -1,6 +1,7 @@
 # make demo   the whole round on made-up data, ending with demo/index.html
 # make test   the tests
 # make lint   ruff and mypy
+# make docs   docs/recipes.md, from the schema
 #
 # Each makes $(VENV) and installs what it needs, once. Another Python: make test PYTHON=python3.12
 # CPU-only torch (a much smaller download):
@@ -17,7 +18,7 @@ READY := $(VENV)/.sdseg-ready
 # A virtual environment must not be steered by the one that make was called from.
 unexport PYTHONHOME
 
-.PHONY: help demo test lint install clean
+.PHONY: help demo test lint docs install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +29,7 @@ install: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "sdseg needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Use: make PYTHON=..." >&2; exit 2; }
+	@echo "installing sdseg and its libraries into $(VENV); the first time this takes minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable . --group dev
@@ -43,6 +45,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -c "from pathlib import Path; from sdseg_cli.core.recipe_reference import recipe_reference; \
+		Path('docs/recipes.md').write_text(recipe_reference(), encoding='utf-8')"
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

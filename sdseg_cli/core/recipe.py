@@ -47,6 +47,7 @@ __all__ = [
     "SamplingSettings",
     "TrainSettings",
     "find_recipe",
+    "format_value",
     "load_recipe",
     "read_recipe",
     "recipe_from_values",
@@ -178,7 +179,7 @@ class _Report:
         lines = self.document.lines
         while path and path not in lines:
             path = path[:-1]
-        self.add_line(lines.get(path), text)
+        self.add_line(lines.get(path) if path else None, text)
 
     def given(self, path: KeyPath) -> bool:
         return path in self.overridden or path in self.document.lines
@@ -325,7 +326,7 @@ def _shown(value: Any) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "a section"
-    text = repr(value) if isinstance(value, str) else _scalar_or_list(value)
+    text = repr(value) if isinstance(value, str) else format_value(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -335,8 +336,9 @@ def _nearest_key(path: KeyPath) -> str:
     depth = len(path)
     siblings = [known for known in keys if len(known) >= depth and known[: depth - 1] == path[:-1]]
     close = difflib.get_close_matches(path[-1], sorted({known[depth - 1] for known in siblings}), 1, 0.6)
-    if close:
-        return f" Did you mean {'.'.join((*path[:-1], close[0]))}?"
+    elsewhere = [".".join(known) for known in keys if known[-1] == path[-1]]
+    if elsewhere or close:
+        return f" Did you mean {elsewhere[0] if elsewhere else '.'.join((*path[:-1], close[0]))}?"
     leaves = {known[-1]: ".".join(known) for known in reversed(keys)}
     close = difflib.get_close_matches(path[-1], sorted(leaves), 1, 0.75)
     if close:
@@ -477,12 +479,13 @@ def _write_section(values: Mapping[str, Any], depth: int, lines: list[str]) -> N
             lines.append(f"{indent}{name}:")
             _write_section(value, depth + 1, lines)
         else:
-            lines.append(f"{indent}{name}: {_scalar_or_list(value)}")
+            lines.append(f"{indent}{name}: {format_value(value)}")
 
 
-def _scalar_or_list(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Write a value as YAML that reads back as the same value; lists in brackets."""
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_scalar_or_list(item) for item in value)}]"
+        return f"[{', '.join(format_value(item) for item in value)}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -74,40 +74,30 @@ def parse_yaml(text: str) -> Document:
 
 
 class _Composer(yaml.SafeLoader):
-    """Builds the tree of nodes and stops at the first alias."""
+    """Builds the tree of nodes and stops at the first anchor, alias or tag."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            raise yaml.MarkedYAMLError(
-                problem=f"alias *{event.anchor} is not allowed; write the value out",
-                problem_mark=event.start_mark,
-            )
+        event = self.peek_event()
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if anchor is not None:
+            problem = f"the anchor or alias {anchor!r} is not allowed; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if tag is not None:
+            problem = f"the tag {tag!r} is not allowed; remove it"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
 def _value_of(node: yaml.Node | None, path: KeyPath, document: Document) -> Any:
     if node is None:
         return None
-    line = node.start_mark.line + 1
-    document.lines.setdefault(path, line)
+    document.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        _check_tag(node, "tag:yaml.org,2002:map", document)
         return _mapping_of(node, path, document)
     if isinstance(node, yaml.SequenceNode):
-        _check_tag(node, "tag:yaml.org,2002:seq", document)
         return [_value_of(item, (*path, str(index)), document) for index, item in enumerate(node.value)]
-    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.startswith("tag:yaml.org,2002:"):
-        return resolve_plain(node.value)
-    _check_tag(node, "tag:yaml.org,2002:str", document)
-    return node.value
-
-
-def _check_tag(node: yaml.Node, expected: str, document: Document) -> None:
-    if node.tag != expected:
-        document.mistakes.append(
-            Mistake(node.start_mark.line + 1, f"the tag {node.tag!r} is not allowed; remove it")
-        )
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return resolve_plain(node.value) if is_plain else node.value
 
 
 def _mapping_of(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
