@@ -49,6 +49,17 @@ Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, demo.
 """
 
 _PROGRAMS = ("sdseg", "accelerate", "torchrun", "python")
+_REMARK = re.compile(r"\s+# ")
+_SINGLE_BREAK = re.compile(r"(?<!\n)\n(?!\n|\s*[-*] )")
+_SHORT_TYPES = {
+    "<int>": "N",
+    "<int range>": "N",
+    "<float>": "X",
+    "<float range>": "X",
+    "<path>": "PATH",
+    "<str>": "TEXT",
+}
+_COMPLETION_PARAMS = ("install_completion", "show_completion")  # the root's business
 _EXAMPLES_HEADING = re.compile(r"^\s*Examples?:{1,2}\s*$", re.MULTILINE)
 
 
@@ -56,19 +67,31 @@ _EXAMPLES_HEADING = re.compile(r"^\s*Examples?:{1,2}\s*$", re.MULTILINE)
 
 
 def _show_examples(examples: str) -> None:
-    """Draw worked examples under a help text, line by line as they are written."""
+    """Draw worked examples under a help text: commands as they are written, remarks in a column.
+
+    A remark that does not fit beside its command goes below it. Commands are never broken, so that they can
+    be copied.
+    """
     from rich.console import Console
-    from rich.padding import Padding
     from rich.text import Text
 
-    text = Text()
-    for line in examples.strip().splitlines():
-        command, mark, remark = line.partition("  #")
-        text.append(command, style="bold" if line.startswith(_PROGRAMS) else "")
-        text.append(f"{mark}{remark}\n", style="dim")
     console = Console(highlight=False)
+    lines = [re.sub(r"(?<=\S) {2,}(?!#)", " ", line.rstrip()) for line in examples.strip().splitlines()]
+    pairs = [_REMARK.split(line, maxsplit=1) for line in lines]
+    room = console.width - len("      # ")
+    short = [pair[0] for pair in pairs if len(pair) == 2 and sum(map(len, pair)) <= room]
+    column = max(map(len, short), default=0)
     console.print(" Examples", style="bold")
-    console.print(Padding(text, (0, 0, 0, 3)))
+    for command, *remark in pairs:
+        text = Text(f"   {command}", style="bold" if command.startswith(_PROGRAMS) else "")
+        if remark:
+            gap = "\n       "
+            for width in (len(command), column):
+                if max(width, len(command)) + len(remark[0]) <= room:
+                    gap = " " * (max(width, len(command)) - len(command) + 2)
+            text.append(f"{gap}# {remark[0]}", style="not bold dim")
+        console.print(text, soft_wrap=True)
+    console.print()
 
 
 class _Group(TyperGroup):
@@ -80,7 +103,7 @@ class _Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_flag_types(super().get_params(ctx))
+        return _for_reading(super().get_params(ctx), ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -112,8 +135,9 @@ def _polish(command: Any, examples: str = "") -> None:
     text = (command.help or "").replace("\b", "")
     heading = _EXAMPLES_HEADING.search(text)
     if heading is not None:
-        command.help = text[: heading.start()].rstrip()
         examples = examples or text[heading.end() :]
+        text = text[: heading.start()]
+    command.help = _SINGLE_BREAK.sub(" ", inspect.cleandoc(text))
     lines = inspect.cleandoc(_EXAMPLES_HEADING.sub("", examples)).splitlines()
     written = "\n".join(line for line in lines if line.strip())
     format_help, get_params = command.format_help, command.get_params
@@ -124,14 +148,20 @@ def _polish(command: Any, examples: str = "") -> None:
             _show_examples(written)
 
     command.format_help = format_help_and_examples
-    command.get_params = lambda ctx: _without_flag_types(get_params(ctx))
+    command.get_params = lambda ctx: _for_reading(
+        [param for param in get_params(ctx) if param.name not in _COMPLETION_PARAMS], ctx
+    )
 
 
-def _without_flag_types(params: list[Any]) -> list[Any]:
-    """A flag takes no value, so its help needs no type."""
+def _for_reading(params: list[Any], ctx: Any) -> list[Any]:
+    """Shorten the types of options: a flag needs none, and a bound is said in the next column."""
     for param in params:
-        if getattr(param, "is_flag", False) and param.metavar is None:
+        if getattr(param, "param_type_name", "") != "option" or param.metavar is not None:
+            continue
+        if getattr(param, "is_flag", False):
             param.metavar = ""
+        elif hasattr(param, "display_type"):
+            param.metavar = _SHORT_TYPES.get(param.display_type(ctx))
     return params
 
 
