@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageMode
@@ -314,22 +316,23 @@ def _decode_existing(path: Path) -> _Stored:
             raster.verify()  # the checksums of all chunks, which loading alone does not look at
             file.seek(0)
             raster = Image.open(file)
+        _refuse_planes_of_16_bit(path, raster)
         notes = _pages(path, raster)
-        orientation = raster.getexif().get(_ORIENTATION_TAG, 1)
-        orientation = orientation if orientation in range(1, 9) else 1
+        # Looked at first: asking a PNG for its orientation decodes it and drops the list of tiles.
         is_wide_colour = ";16" in str(getattr(raster, "tile", ""))
         is_wide_colour &= len(raster.getbands()) > 1
+        orientation = raster.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
         raster.load()
         # Pillow turns TIFFs upright itself and drops their tag; other formats are left as stored.
         remaining = raster.getexif().get(_ORIENTATION_TAG, 1)
         wide: np.ndarray | None = None
         if is_wide_colour:
-            file.seek(0)
-            wide = _wide_colour(file.read(), file_format, notes)
-            wide = None if wide is None else make_upright(wide, orientation)
+            wide = _wide_colour(file, np.asarray(raster), notes)
         bits = "16-bit"
         if remaining in range(2, 9):
             raster = _transpose(raster, remaining)
+            wide = None if wide is None else make_upright(wide, remaining)
         if _is_wide(raster.mode):
             wide = np.asarray(raster)
             bits = {"F": "float"}.get(raster.mode, "16-bit" if "16" in raster.mode else "32-bit")
@@ -353,6 +356,17 @@ def _pages(path: Path, raster: Image.Image) -> list[str]:
             "Save each page as a file of its own."
         )
     return [f"{count} pages, the first was read"]
+
+
+def _refuse_planes_of_16_bit(path: Path, raster: Image.Image) -> None:
+    """Pillow reads 16-bit colour TIFFs whose channels lie one after another as noise, without a word."""
+    tags = getattr(raster, "tag_v2", {})
+    bits, planar = tags.get(258, (8,)), tags.get(284, 1)
+    if planar == 2 and len(raster.getbands()) > 1 and max(bits) > 8:
+        raise DataError(
+            f"{path}: a TIFF of {max(bits)}-bit channels in separate planes cannot be read. Save it with "
+            "interleaved channels, or as PNG."
+        )
 
 
 def _too_large(path: Path, found: str) -> DataError:
@@ -380,27 +394,43 @@ def _is_wide(mode: str) -> bool:
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
-def _wide_colour(payload: bytes, file_format: str, notes: list[str]) -> np.ndarray | None:
-    """Decode 16-bit colour, which Pillow cuts to the high byte; uint16 (H, W, 3) as stored, or None."""
+def _wide_colour(file: IO[bytes], high: np.ndarray, notes: list[str]) -> np.ndarray | None:
+    """Decode 16-bit colour, of which Pillow keeps the high byte only.
+
+    Read again with the byte order turned round, it gives the low bytes.
+
+    Args:
+        file: the open image.
+        high: uint8, (H, W, C): what Pillow made of it.
+        notes: gets a line where that is all there is.
+
+    Returns:
+        uint16, (H, W, 3), or None.
+    """
+    file.seek(0)
+    raster = Image.open(file)
+    raster.tile = [tile._replace(args=_turned_round(tile.args)) for tile in raster.tile]
     try:
-        if file_format == "TIFF":
-            import tifffile
-
-            values = tifffile.imread(io.BytesIO(payload))
-        else:
-            import torch
-            from torchvision.io import ImageReadMode, decode_png
-
-            coded = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            values = decode_png(coded, ImageReadMode.UNCHANGED).permute(1, 2, 0).to(torch.int32).numpy()
-    except Exception:  # a compression the reader lacks, or a library that is not there
-        values = None
-    if values is None or values.ndim != 3 or values.shape[2] not in (2, 3, 4):
+        raster.load()
+    except (OSError, ValueError):  # this layout has no opposite
         notes.append("16-bit colour read by its high byte (0..65535 to 0..255)")
         return None
+    values = high.astype(np.uint16) << 8 | np.asarray(raster)
     if values.shape[2] == 2:  # grey and alpha
         return np.repeat(values[..., :1], 3, axis=2)
     return values[..., :3]
+
+
+def _turned_round(arguments: Any) -> Any:
+    """The decoder's arguments with the other byte order for 16-bit channels."""
+    if isinstance(arguments, tuple):
+        return tuple(_turned_round(argument) for argument in arguments)
+    if not isinstance(arguments, str) or ";16" not in arguments:
+        return arguments
+    layout, order = arguments[:-1], arguments[-1]
+    if order == "N":
+        order = "L" if sys.byteorder == "little" else "B"
+    return layout + {"L": "B", "B": "L"}.get(order, order)
 
 
 def _scale_to_bytes(path: Path, values: np.ndarray, bits: str, notes: list[str]) -> np.ndarray:
