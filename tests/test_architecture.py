@@ -1,4 +1,4 @@
-"""The direction of the imports: cli, commands, engine; then data, model, metrics, reporting; then the rest."""
+"""The direction of the imports: cli, commands, engine; then data, model, metrics, reporting; the rest."""
 
 import ast
 from collections.abc import Iterator
