@@ -20,6 +20,7 @@ from sdseg_cli.core.reporting.page import (
     GalleryCase,
     Page,
     Panel,
+    Picture,
     Series,
     Step,
     Table,
@@ -69,6 +70,7 @@ def hostile_page() -> Page:
         figures=(Figure(HOSTILE, HOSTILE, HOSTILE),),
         steps=(Step(HOSTILE, HOSTILE, 1.0, HOSTILE),),
         gallery=(GalleryCase(HOSTILE, HOSTILE, HOSTILE, (Panel(HOSTILE, source),)),),
+        pictures=(Picture(HOSTILE, HOSTILE, source),),
         gallery_note=HOSTILE,
         legend=((HOSTILE, "#fff"),),
         charts=(Chart(HOSTILE, HOSTILE, chart), Chart(HOSTILE, HOSTILE, dots)),
@@ -169,6 +171,17 @@ def test_a_long_curve_is_thinned_to_what_can_be_seen():
     )
     (points,) = re.findall(r'points="([^"]*)"', svg)
     assert len(points.split()) == 160
+
+
+def test_a_scatter_has_dots_and_no_line():
+    svg = line_chart(
+        [Series("cases", [0, 1, 2], [0, 1, 0], marks=True, line=False)],
+        x_label="x",
+        y_label="y",
+        description="d",
+    )
+    assert svg.count("<circle") == 3
+    assert "<polyline" not in svg
 
 
 def test_a_dot_plot_shows_one_dot_a_case_and_its_mean():

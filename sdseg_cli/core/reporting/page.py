@@ -59,6 +59,15 @@ class GalleryCase:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A wide picture with a section of its own; ``source`` is a ``data:`` address."""
+
+    title: str
+    caption: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawing with a title and one sentence on what it shows."""
 
@@ -85,6 +94,7 @@ class Page:
     lead: str
     figures: tuple[Figure, ...] = ()
     steps: tuple[Step, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     gallery: tuple[GalleryCase, ...] = ()
     gallery_note: str = ""
     legend: tuple[tuple[str, str], ...] = ()
@@ -97,12 +107,16 @@ class Page:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``x`` and ``y`` of equal length; values that are not finite are left out."""
+    """One curve: ``x`` and ``y`` of equal length; values that are not finite are left out.
+
+    ``marks`` draws a dot at every value, ``line=False`` leaves the dots alone.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
+    line: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,10 +215,13 @@ def line_chart(
     for index, (x, y) in enumerate(clean):
         if not len(x):
             continue
-        points = [(axes.x(a), axes.y(b)) for a, b in zip(*_thinned(x, y), strict=True)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
-        if series[index].marks:
+        one = series[index]
+        kept = _thinned(x, y) if one.line else (x, y)
+        points = [(axes.x(a), axes.y(b)) for a, b in zip(*kept, strict=True)]
+        if one.line:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+            parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
+        if one.marks:
             parts += [f'<circle class="dot c{index}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
     return _svg(parts, description)
 
