@@ -49,6 +49,11 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+def is_launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+
+
 # Messages -------------------------------------------------------------------------------------------
 
 
@@ -155,6 +160,12 @@ def show_table(
     for row in rows:
         table.add_row(*(Text(format_number(value)) for value in row))
     results.print(table)
+
+
+def show_text(text: str) -> None:
+    """Print text to stdout as it is."""
+    if is_main_process():
+        results.print(Text(text.rstrip("\n")), soft_wrap=True)
 
 
 def show_facts(facts: Mapping[str, object], *, title: str = "") -> None:

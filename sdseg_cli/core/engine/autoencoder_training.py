@@ -58,7 +58,7 @@ def _square(mask: np.ndarray, size: int) -> np.ndarray:
 
 def train_mask_autoencoder(
     autoencoder: MaskAutoencoder,
-    masks: Sequence[np.ndarray] | np.ndarray,
+    masks: Sequence[np.ndarray],
     *,
     steps: int,
     batch_size: int,
@@ -77,7 +77,7 @@ def train_mask_autoencoder(
 
     Args:
         autoencoder: the network, already on ``device``.
-        masks: uint8, (N, S, S), values in {0, 1}.
+        masks: uint8, (S, S) each, values in {0, 1}.
         steps: optimizer steps.
         batch_size: masks per step.
         learning_rate: peak of a cosine schedule with 5 % warm-up.
@@ -137,9 +137,7 @@ def _mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return functional.binary_cross_entropy_with_logits(logits, mask) * 4 + dice.mean()
 
 
-def _batch(
-    masks: Sequence[np.ndarray] | np.ndarray, size: int, crop: int, generator: torch.Generator
-) -> torch.Tensor:
+def _batch(masks: Sequence[np.ndarray], size: int, crop: int, generator: torch.Generator) -> torch.Tensor:
     """Random crops with random flips, (size, 1, crop, crop), float in {0, 1}."""
 
     def draw(limit: int) -> int:

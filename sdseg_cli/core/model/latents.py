@@ -6,13 +6,15 @@ photographs (the paper's) or the built-in :class:`MaskAutoencoder` of one channe
 
 from __future__ import annotations
 
+from typing import TypeAlias, Union
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 
-Autoencoder = AutoencoderKL | MaskAutoencoder
+Autoencoder: TypeAlias = Union[AutoencoderKL, MaskAutoencoder]  # noqa: UP007  (diffusers is opaque to mypy)
 
 
 def spatial_factor(autoencoder: Autoencoder) -> int:

@@ -44,7 +44,7 @@ def load_autoencoder(location: str) -> Autoencoder:
     """Load a frozen autoencoder.
 
     Args:
-        location: ``builtin``, or the folder or hub id of a ``MaskAutoencoder`` or diffusers ``AutoencoderKL``.
+        location: ``builtin``, or the folder or hub id of a ``MaskAutoencoder`` or ``AutoencoderKL``.
 
     Raises:
         UsageError: it cannot be had; the message says where to put it and which recipe needs none.
@@ -57,8 +57,8 @@ def load_autoencoder(location: str) -> Autoencoder:
     factor = spatial_factor(autoencoder)
     if factor != 8:
         raise UsageError(
-            f"autoencoder {location!r} has {factor} pixels per latent pixel, expected 8 (a kl-f8 autoencoder). "
-            + _NO_DOWNLOAD
+            f"autoencoder {location!r} has {factor} pixels per latent pixel, expected 8 (a kl-f8 "
+            "autoencoder). " + _NO_DOWNLOAD
         )
     return autoencoder.eval().requires_grad_(False)
 
@@ -152,8 +152,8 @@ def _copy_encoder(autoencoder: Autoencoder, encoder: ImageEncoder) -> None:
         encoder.encoder.load_state_dict(autoencoder.encoder.state_dict())
     except RuntimeError as error:
         raise UsageError(
-            "model.image_encoder_weights: the KL autoencoder's encoder does not fit model.image_encoder_channels "
-            f"and image_encoder_blocks: {_first_line(error)}"
+            "model.image_encoder_weights: the KL autoencoder's encoder does not fit "
+            f"model.image_encoder_channels and image_encoder_blocks: {_first_line(error)}"
         ) from error
 
 
@@ -164,8 +164,8 @@ def _load_timm(encoder: ImageEncoder) -> None:
     except Exception as error:  # the hub client raises many kinds, none of them ours
         raise UsageError(
             f"model.image_encoder_weights: the published weights of timm:{name} cannot be had "
-            f"({type(error).__name__}: {_first_line(error)}). With no network fill the hub's cache on another "
-            "machine, name a file, or use --set model.image_encoder_weights=random."
+            f"({type(error).__name__}: {_first_line(error)}). With no network fill the hub's cache on "
+            "another machine, name a file, or use --set model.image_encoder_weights=random."
         ) from error
     encoder.backbone.load_state_dict(pretrained.state_dict())
 

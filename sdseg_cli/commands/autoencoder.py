@@ -1,0 +1,138 @@
+"""``sdseg autoencoder``: trains the small autoencoder of the masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdseg_cli import console
+from sdseg_cli.commands._options import Device, DeviceOption, JsonOption, OverwriteOption
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_HELD_OUT_SEED = 1_000_003  # names masks that no training seed generates
+_HELD_OUT = 256
+
+
+def autoencoder(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the autoencoder.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 2400,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Masks per step.")] = 16,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-7, max=0.1, help="Peak of the cosine schedule.")
+    ] = 2e-3,
+    masks: Annotated[int, typer.Option("--masks", min=16, help="Generated masks to train on.")] = 3000,
+    size: Annotated[int, typer.Option("--size", min=64, max=1024, help="Side of the generated masks.")] = 256,
+    crop: Annotated[int, typer.Option("--crop", min=32, help="Side of the crops trained on.")] = 128,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DATASET",
+            help="Prepared dataset whose train masks join the generated ones, and whose validation masks "
+            "are measured too. Its test split is never read.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=999_999, help="Seed of masks and weights.")] = 0,
+    device: DeviceOption = Device.auto,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the small autoencoder of the masks, on generated and phantom masks.
+
+    The one that is shipped was made by this command with its defaults. Name the folder in a recipe as
+    model.autoencoder to use another. Ends with the Dice of masks encoded and decoded again, which is the
+    most that a model on top of it can reach.
+
+    Examples::
+
+        sdseg autoencoder --out my-autoencoder
+        sdseg autoencoder --out tubes --data data/vessels --steps 2000   # with your own masks
+        sdseg train -r kseg-fast --set model.autoencoder=./my-autoencoder
+    """
+    from sdseg_cli.core.errors import UsageError
+    from sdseg_cli.core.files import refuse_existing, whole_folder
+
+    if crop % 8 or crop > size:
+        raise UsageError(f"--crop {crop}: expected a multiple of 8, at most --size ({size}).")
+    refuse_existing(out, overwrite=overwrite, ours="config.json")
+    console.say(f"{masks:,} masks of {size} pixels, {steps:,} steps of {batch_size} ...")
+
+    import torch
+
+    from sdseg_cli.core.engine.autoencoder_training import generated_masks, train_mask_autoencoder
+    from sdseg_cli.core.engine.inference import choose_device
+    from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+    from sdseg_cli.core.model.weights import quiet_diffusers
+
+    quiet_diffusers()
+    chosen = choose_device(device)
+    pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
+    held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
+    if data is not None:
+        pool += _dataset_masks(data, "train", size)
+        held_out[f"{data.name} validation"] = _dataset_masks(data, "validation", size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = MaskAutoencoder().to(chosen)
+    with console.training_progress(steps) as bar:
+        reports = train_mask_autoencoder(
+            network,
+            pool,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            crop=crop,
+            seed=seed,
+            device=chosen,
+        )
+        for report in reports:
+            bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
+    scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items()}
+    with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
+        network.save_pretrained(folder)
+    if as_json:
+        console.show_json({"folder": str(out), "reconstruction_dice": scores})
+        return
+    console.show_table(
+        ["masks", "mean Dice", "median", "worst", "mean with latent noise"],
+        [[name, *score.values()] for name, score in scores.items()],
+        title="Reconstruction",
+        caption="latent noise: half a standard deviation of the latents",
+    )
+    console.done(f"{out}. Use it with: --set model.autoencoder=./{out}")
+
+
+def _dataset_masks(data: Path, split: str, size: int) -> list[np.ndarray]:
+    """Every foreground class of every slice, on a square grid of ``size``."""
+    import numpy as np
+
+    from sdseg_cli.core.data.prepared import PreparedDataset
+    from sdseg_cli.core.grid import Grid
+
+    masks = []
+    for item in PreparedDataset.open(data).split(split):
+        labels = Grid(item.grid.height, item.grid.width, size, item.grid.resize).labels_to_model(
+            item.label_map
+        )
+        masks += [(labels == label).astype(np.uint8) for label in np.unique(labels) if label]
+    return masks
+
+
+def _reconstruction(network: Any, masks: list[np.ndarray], device: Any) -> dict[str, float]:
+    import numpy as np
+
+    from sdseg_cli.core.engine.autoencoder_training import reconstruction_dice
+
+    clean = reconstruction_dice(network, masks, device=device)
+    noisy = reconstruction_dice(network, masks, device=device, latent_noise=0.5)
+    return {
+        "mean": float(clean.mean()),
+        "median": float(np.median(clean)),
+        "worst": float(clean.min()),
+        "with_latent_noise": float(noisy.mean()),
+    }

@@ -1,0 +1,186 @@
+"""What a recipe would train, found out without training: weights, data, memory, reconstruction ceiling."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.engine.autoencoder_training import reconstruction_dice
+from sdseg_cli.core.engine.inference import choose_device, choose_precision
+from sdseg_cli.core.engine.networks import (
+    Networks,
+    TrainableNetwork,
+    build_networks,
+    check_dataset,
+    count_parameters,
+)
+from sdseg_cli.core.engine.training_data import present_masks
+from sdseg_cli.core.model.latents import spatial_factor
+from sdseg_cli.core.recipe import Recipe
+from sdseg_cli.core.seeding import derive_seed
+
+_CEILING_SAMPLE = 200
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What :func:`examine` found.
+
+    Attributes:
+        device: where it would run.
+        precision: in which arithmetic.
+        parameters: network -> weights.
+        trained_parameters: weights that receive gradients.
+        dataset: name, classes, slices per split, fingerprint.
+        memory_gib: estimate of the peak on the device, one process.
+        memory_parts_gib: weights, optimizer, averages, activations.
+        ceiling_dice: mean Dice of validation masks encoded and decoded again; None without autoencoder.
+        ceiling_masks: how many were measured.
+        epochs: passes over the training split.
+    """
+
+    device: str
+    precision: str
+    parameters: dict[str, int]
+    trained_parameters: int
+    dataset: dict[str, Any]
+    memory_gib: float
+    memory_parts_gib: dict[str, float]
+    ceiling_dice: float | None
+    ceiling_masks: int
+    epochs: float
+
+    def values(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def facts(self) -> dict[str, str]:
+        """Names and sentences for a person."""
+        splits = ", ".join(f"{count:,} {name}" for name, count in self.dataset["splits"].items())
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in self.memory_parts_gib.items())
+        weights = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in self.parameters.items())
+        facts = {
+            "device": f"{self.device}, {self.precision}",
+            "weights": f"{weights}; trained {self.trained_parameters / 1e6:.2f} M",
+            "dataset": f"{self.dataset['name']}: {splits} slices",
+            "classes": ", ".join(self.dataset["classes"]),
+            "length": f"{self.epochs:.1f} passes over the training split",
+            "memory": f"about {self.memory_gib:.2f} GiB ({parts})",
+        }
+        if self.ceiling_dice is not None:
+            facts["reconstruction ceiling"] = (
+                f"Dice {self.ceiling_dice:.4f} ({self.ceiling_masks} validation masks encoded and decoded)"
+            )
+        return facts
+
+
+def examine(recipe: Recipe, *, device: str = "auto") -> DryRun:
+    """Build everything that a training would build, and measure it.
+
+    Raises:
+        UsageError: weights or the device cannot be had.
+        DataError: the dataset is missing or does not match the recipe.
+    """
+    chosen = choose_device(device)
+    precision = choose_precision(recipe.train.precision, chosen)
+    dataset = PreparedDataset.open(recipe.data.dataset)
+    check_dataset(recipe, dataset.manifest)
+    networks = build_networks(recipe, dataset.manifest.num_classes)
+    ceiling, measured = _ceiling(networks, dataset, chosen)
+    network = TrainableNetwork(
+        networks,
+        freeze_image_encoder=recipe.model.freeze_image_encoder,
+        recompute=recipe.train.gradient_checkpointing,
+    )
+    parts = _memory(recipe, networks, network, dataset.manifest.num_classes, precision)
+    manifest = dataset.manifest
+    return DryRun(
+        device=str(chosen),
+        precision=precision,
+        parameters=count_parameters(networks),
+        trained_parameters=_size(network, trained=True),
+        dataset={
+            "name": manifest.name,
+            "classes": list(manifest.classes),
+            "splits": dict(manifest.splits),
+            "fingerprint": manifest.fingerprint,
+        },
+        memory_gib=sum(parts.values()),
+        memory_parts_gib=parts,
+        ceiling_dice=ceiling,
+        ceiling_masks=measured,
+        epochs=recipe.train.steps * recipe.train.batch_size / manifest.splits["train"],
+    )
+
+
+def _ceiling(networks: Networks, dataset: PreparedDataset, device: torch.device) -> tuple[float | None, int]:
+    if networks.autoencoder is None:
+        return None, 0
+    split = dataset.split("validation")
+    order = np.random.default_rng(derive_seed("ceiling")).permutation(len(split))[:_CEILING_SAMPLE]
+    conditional = dataset.manifest.num_classes > 2
+    masks = list(present_masks([split[int(i)] for i in order], class_conditional=conditional))
+    scores = reconstruction_dice(networks.autoencoder.to(device), masks, device=device)
+    return (float(scores.mean()) if len(scores) else None), len(scores)
+
+
+def _memory(
+    recipe: Recipe, networks: Networks, network: TrainableNetwork, num_classes: int, precision: str
+) -> dict[str, float]:
+    """Count bytes: weights, gradients, AdamW's two moments, averages, and what the backward pass keeps."""
+    trained = _size(network, trained=True)
+    frozen = sum(count_parameters(networks).values()) - trained
+    averaged = sum(p.numel() for p in network.averaged_parameters(recipe.train.ema_scope))
+    part = recipe.train.batch_size // recipe.train.gradient_accumulation
+    activations = _activation_bytes(recipe, networks, network, num_classes)
+    if precision != "fp32":
+        activations //= 2
+    sizes = {
+        "weights": 4 * (trained + frozen),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "averages": 4 * averaged * (recipe.train.ema_decay > 0),
+        "activations": activations * part,
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetwork, num_classes: int) -> int:
+    """Bytes that one image's backward pass keeps, counted on the meta device, where nothing is computed."""
+    twin = copy.deepcopy(network).to("meta").train()
+    twin._frozen = [copy.deepcopy(encoder).to("meta") for encoder in network._frozen]
+    own = {id(parameter) for parameter in twin.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # a freed storage's address would be used again
+        return tensor
+
+    size = recipe.data.image_size
+    images = torch.empty(1, 3, size, size, device="meta")
+    arguments: list[torch.Tensor | None] = []
+    if networks.autoencoder is not None:
+        side = size // spatial_factor(networks.autoencoder)
+        channels = networks.autoencoder.config["latent_channels"]
+        arguments = [
+            torch.empty(1, channels, side, side, device="meta"),
+            torch.zeros(1, dtype=torch.long, device="meta"),
+            torch.zeros(1, dtype=torch.long, device="meta") if num_classes > 2 else None,
+        ]
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        twin(images, *arguments)
+    return sum(kept.values())
+
+
+def _size(network: torch.nn.Module, *, trained: bool) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)

@@ -1,0 +1,547 @@
+"""The training loop. It yields records; what is shown of them is the console's business."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from sdseg_cli.core.data.augmentation import Augmentation
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.engine.autoencoder_training import measure_scale
+from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint
+from sdseg_cli.core.engine.inference import choose_device, choose_precision
+from sdseg_cli.core.engine.networks import (
+    TrainableNetwork,
+    build_networks,
+    check_dataset,
+    count_parameters,
+)
+from sdseg_cli.core.engine.processes import Processes
+from sdseg_cli.core.engine.stopping import Stop, graceful_stop
+from sdseg_cli.core.engine.trackers import check_trackers, flat_settings
+from sdseg_cli.core.engine.training_data import (
+    DrawSettings,
+    StepBatches,
+    TrainingSamples,
+    make_loader,
+    present_masks,
+)
+from sdseg_cli.core.engine.training_records import (
+    Checkpointed,
+    Finished,
+    Record,
+    Started,
+    StepRecord,
+    Validated,
+)
+from sdseg_cli.core.engine.validation import Validation, validate
+from sdseg_cli.core.errors import Interrupted, OutOfMemoryError, SdsegError, UsageError
+from sdseg_cli.core.model.latents import decode_scores, posterior, sample_latents, spatial_factor
+from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
+from sdseg_cli.core.model.weights import quiet_diffusers
+from sdseg_cli.core.recipe import Recipe
+from sdseg_cli.core.reporting.figures import training_curves
+from sdseg_cli.core.run_directory import RunDirectory, atomic_folder
+from sdseg_cli.core.seeding import derive_seed
+
+_SCALE_SAMPLE = 1024  # slices at most that the latents' scale is measured on
+
+
+def learning_rate_at(step: int, recipe: Recipe) -> float:
+    """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then constant or cosine to 0."""
+    settings = recipe.train
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_augmentation(recipe: Recipe) -> Augmentation:
+    """Make the augmentation of a recipe."""
+    return Augmentation(**recipe.data.augmentation.model_dump())
+
+
+def train(
+    recipe: Recipe, run: RunDirectory, *, resume: bool = False, device: str = "auto"
+) -> Iterator[Record]:
+    """Train a recipe into a run directory; an unread iterator trains nothing.
+
+    Args:
+        recipe: what to train.
+        run: made or opened by the caller, who holds its lock.
+        resume: continue from the run's newest checkpoint.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Yields:
+        Records of what happens, the same on every process; files are written by the main one.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        SdsegError: anything a user can mend; the run's status says so.
+    """
+    quiet_diffusers()
+    trainer = _Trainer(recipe, run, device)
+    with graceful_stop() as stop:
+        try:
+            yield from trainer.run(stop, resume=resume)
+        except torch.OutOfMemoryError as error:
+            trainer.mark("failed")
+            raise OutOfMemoryError(_out_of_memory_message(recipe)) from error
+        except Interrupted:
+            trainer.mark("interrupted")
+            raise
+        except SdsegError:
+            trainer.mark("failed")
+            raise
+        finally:
+            trainer.accelerator.end_training()
+
+
+def _out_of_memory_message(recipe: Recipe) -> str:
+    settings = recipe.train
+    return (
+        "the device's memory does not hold a part of "
+        f"{settings.batch_size // settings.gradient_accumulation} images (train.batch_size "
+        f"{settings.batch_size} in {settings.gradient_accumulation} parts). "
+        f"Try --set train.gradient_accumulation={settings.gradient_accumulation * 2}"
+        + ("" if settings.gradient_checkpointing else " or --set train.gradient_checkpointing=true")
+        + "; neither changes what is learnt."
+    )
+
+
+class _Trainer:
+    def __init__(self, recipe: Recipe, run: RunDirectory, device: str) -> None:
+        self.recipe = recipe
+        self.directory = run
+        chosen = choose_device(device)
+        self.precision = choose_precision(recipe.train.precision, chosen)
+        self.processes = Processes(cpu=chosen.type == "cpu")
+        _check_batch(recipe, self.processes.count)
+        check_trackers(recipe)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if self.precision == "fp32" else self.precision,
+            cpu=chosen.type == "cpu",
+            log_with=list(recipe.train.trackers) or None,
+            project_dir=str(run.root),
+        )
+        self.device = self.accelerator.device
+        self.dataset = PreparedDataset.open(recipe.data.dataset)
+        self.manifest = self.dataset.manifest
+        check_dataset(recipe, self.manifest)
+
+        self.networks = build_networks(recipe, self.manifest.num_classes)
+        self.network = TrainableNetwork(
+            self.networks,
+            freeze_image_encoder=recipe.model.freeze_image_encoder,
+            recompute=recipe.train.gradient_checkpointing,
+        )
+        for part in (self.networks.autoencoder, self.networks.image_encoder):
+            if part is not None:
+                part.to(self.device)
+        self.network.to(self.device)
+        self.ema = self._make_ema()
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.network.parameters() if parameter.requires_grad],
+            lr=recipe.train.learning_rate,
+            weight_decay=recipe.train.weight_decay,
+        )
+        self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        if self.ema is not None:
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.progress = Progress()
+        self._started = time.monotonic()
+
+    # The course of a run --------------------------------------------------------------------------
+
+    def run(self, stop: Stop, *, resume: bool) -> Iterator[Record]:
+        settings = self.recipe.train
+        self._begin(resume)
+        yield Started(
+            self.progress.step,
+            settings.steps,
+            str(self.device),
+            self.precision,
+            self.processes.count,
+            self.progress.latent_scale,
+        )
+        reason = "steps"
+        totals = _Totals(self.accelerator)
+        for step, parts in self._steps():
+            self._train_step(step, parts, totals)
+            self.progress.step = step
+            last = step == settings.steps
+            if step % settings.log_every == 0 or last:
+                yield self._log(totals)
+            out_of_time = self.processes.any(0 < settings.max_minutes * 60 <= self._seconds())
+            if step % settings.validate_every == 0 or last or out_of_time:
+                yield self._validate()
+            out_of_patience = 0 < settings.patience <= self.progress.validations_without_improvement
+            ended = last or out_of_time or out_of_patience
+            stopped = self.processes.any(stop.signal_number is not None)
+            if stopped or ended or step % settings.checkpoint_every == 0:
+                yield self._checkpoint()
+            if ended:
+                reason = "steps" if last else "early stop" if out_of_patience else "time limit"
+                break
+            if stopped:
+                raise self._interrupted(stop.signal_number or signal.SIGTERM)
+        self._finish(reason)
+        yield Finished(
+            self.progress.step,
+            reason,
+            self.progress.best_dice,
+            self.progress.best_step,
+            self._seconds(),
+            self.directory.model,
+        )
+
+    def _begin(self, resume: bool) -> None:
+        loaded = None
+        if resume:
+            fingerprint = self.manifest.fingerprint
+            loaded = load_checkpoint(self.accelerator, self.directory, fingerprint=fingerprint)
+        if loaded is not None:
+            self.progress = loaded
+        else:
+            self.progress.latent_scale = self._latent_scale()
+        if self.ema is not None:
+            self.ema.to(self.device)
+        if self.processes.is_main:
+            if resume:
+                self.directory.drop_metrics_after(self.progress.step)
+            self.directory.validation.mkdir(exist_ok=True)
+            self.directory.write_run_json(
+                status="running",
+                device=_device_name(self.device),
+                precision=self.precision,
+                processes=self.processes.count,
+                seed=self.recipe.train.seed,
+                latent_scale=self.progress.latent_scale,
+                dataset={
+                    "path": self.recipe.data.dataset,
+                    "name": self.manifest.name,
+                    "fingerprint": self.manifest.fingerprint,
+                    "splits": self.manifest.splits,
+                    "classes": self.manifest.classes,
+                },
+                parameters=count_parameters(self.networks),
+            )
+        if self.recipe.train.trackers:
+            self.accelerator.init_trackers("tensorboard", config=flat_settings(self.recipe))
+        self._started = time.monotonic() - self.progress.trained_seconds
+
+    def _finish(self, reason: str) -> None:
+        if self.processes.is_main:
+            training_curves(self.directory.read_metrics(), self.directory.root / "curves.png")
+            self.directory.finish(
+                "finished",
+                reason=reason,
+                steps=self.progress.step,
+                trained_seconds=round(self._seconds(), 1),
+                best={"step": self.progress.best_step, "validation_dice": self.progress.best_dice},
+            )
+        self.processes.wait()
+
+    def _interrupted(self, number: int) -> Interrupted:
+        name = signal.Signals(number).name
+        return Interrupted(
+            f"{name}: stopped after step {self.progress.step}, and everything is saved. "
+            f"Continue with: sdseg train --resume {self.directory.root}",
+            number,
+        )
+
+    def mark(self, status: str) -> None:
+        if self.processes.is_main:
+            # A full disk must not hide the error that is being told.
+            with contextlib.suppress(OSError):
+                self.directory.finish(
+                    status,  # type: ignore[arg-type]
+                    steps=self.progress.step,
+                    trained_seconds=round(self._seconds(), 1),
+                )
+
+    # One step -------------------------------------------------------------------------------------
+
+    def _steps(self) -> Iterator[tuple[int, Iterator[dict[str, torch.Tensor]]]]:
+        settings = self.recipe.train
+        split = self.dataset.split("train")
+        autoencoder = self.networks.autoencoder
+        latent_shape = (1, 1, 1)
+        if autoencoder is not None:
+            side = self.manifest.image_size // spatial_factor(autoencoder)
+            latent_shape = (autoencoder.config["latent_channels"], side, side)
+        samples = TrainingSamples(
+            split,
+            make_augmentation(self.recipe),
+            DrawSettings(
+                seed=settings.seed,
+                class_conditional=self._class_conditional,
+                num_train_timesteps=self.recipe.objective.num_train_timesteps,
+                last_timestep_only=self.recipe.objective.timesteps == "last",
+                zero_noise=self.recipe.objective.noise == "zeros",
+                latent_shape=latent_shape,
+            ),
+            cache=self.recipe.data.cache,
+        )
+        batches = StepBatches(
+            first_step=self.progress.step,
+            last_step=settings.steps,
+            batch_size=settings.batch_size,
+            parts=settings.gradient_accumulation,
+            rank=self.processes.rank,
+            processes=self.processes.count,
+        )
+        loader = make_loader(
+            samples, batches, workers=self.recipe.data.workers, pin=self.device.type == "cuda"
+        )
+        stream = iter(loader)
+        for step in range(self.progress.step + 1, settings.steps + 1):
+            yield step, (next(stream) for _ in range(settings.gradient_accumulation))
+
+    def _train_step(self, step: int, parts: Iterator[dict[str, torch.Tensor]], totals: _Totals) -> None:
+        settings = self.recipe.train
+        # Dropout is the only draw left to the global generator; seeded here, it does not depend on what
+        # came before, and a resumed run needs no saved state of it.
+        torch.manual_seed(derive_seed("dropout", settings.seed, step, self.processes.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.recipe)
+        self.prepared.train()
+        for index, part in enumerate(parts):
+            is_last = index == settings.gradient_accumulation - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
+                losses = self._losses({k: v.to(self.device, non_blocking=True) for k, v in part.items()})
+                self.accelerator.backward(losses["loss"] / settings.gradient_accumulation)
+            totals.add(losses, len(part["image"]))
+        if settings.gradient_clip > 0:
+            self.accelerator.clip_grad_norm_(self.prepared.parameters(), settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.network.averaged_parameters(self.recipe.train.ema_scope))
+
+    def _losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        objective = self.recipe.objective
+        images = batch["image"].float() / 127.5 - 1
+        if self.networks.scheduler is None or self.networks.autoencoder is None:
+            with self.accelerator.autocast():
+                logits = self.prepared(images)
+            pixels = segmentation_loss(logits, batch["label_map"].long()).mean()
+            return {"loss": objective.pixel_weight * pixels, "pixel_loss": pixels.detach()}
+
+        scale, scheduler = self.progress.latent_scale, self.networks.scheduler
+        with torch.no_grad():
+            encoded = posterior(self.networks.autoencoder, batch["mask"])
+            clean = sample_latents(encoded, batch["posterior_noise"], scale)
+            if objective.timesteps == "last":
+                noisy = batch["noise"]  # pure noise: at t = 999 the mixture still shows 2.6 % of the truth
+            else:
+                noisy = scheduler.add_noise(clean, batch["noise"], batch["timestep"])
+        labels = batch["class_label"] if self._class_conditional else None
+        with self.accelerator.autocast():
+            output = self.prepared(images, noisy, batch["timestep"], labels)
+        parts = diffusion_loss(scheduler, output, clean, noisy, batch["noise"], batch["timestep"])
+        noise_loss, latent_loss = parts.noise.mean(), parts.latent.mean()
+        loss = objective.noise_weight * noise_loss + objective.latent_weight * latent_loss
+        reported = {"noise_loss": noise_loss.detach(), "latent_loss": latent_loss.detach()}
+        if objective.pixel_weight > 0:
+            scores = decode_scores(self.networks.autoencoder, parts.predicted_original, scale)
+            pixels = pixel_loss(scores, batch["mask"]).mean()
+            loss = loss + objective.pixel_weight * pixels
+            reported["pixel_loss"] = pixels.detach()
+        return {"loss": loss, **reported}
+
+    # Between steps --------------------------------------------------------------------------------
+
+    def _log(self, totals: _Totals) -> StepRecord:
+        means, rate = totals.take()
+        step = self.progress.step
+        if not math.isfinite(means["loss"]):
+            last = self.directory.latest_checkpoint()
+            raise SdsegError(
+                f"the loss is {means['loss']} at step {step}; training has diverged. Lower "
+                f"train.learning_rate ({self.recipe.train.learning_rate:g}) or set train.gradient_clip=1. "
+                + (f"The last checkpoint is {last}." if last else "There is no checkpoint yet.")
+            )
+        seconds = self._seconds()
+        left = (self.recipe.train.steps - step) * self.recipe.train.batch_size / max(rate, 1e-9)
+        if self.recipe.train.max_minutes > 0:
+            left = min(left, max(0.0, self.recipe.train.max_minutes * 60 - seconds))
+        record = StepRecord(
+            step=step,
+            learning_rate=learning_rate_at(step, self.recipe),
+            samples_per_second=rate,
+            memory_gib=_peak_memory_gib(self.device),
+            seconds=seconds,
+            seconds_left=left,
+            **means,
+        )
+        self._record({key: value for key, value in asdict(record).items() if key != "seconds_left"})
+        return record
+
+    def _validate(self) -> Validated:
+        started = time.monotonic()
+        step = self.progress.step
+        with self._averaged_weights():
+            result = validate(
+                self.networks.pipeline(self.manifest, self.recipe, self.progress.latent_scale),
+                self.dataset.split("validation"),
+                self.processes,
+                sampling=self.recipe.sampling,
+                seed=self.recipe.train.seed,
+                precision=self.precision,
+                limit=self.recipe.train.validation_cases,
+                batch_size=max(1, self.recipe.train.batch_size // self.processes.count),
+            )
+            is_best = result.dice > self.progress.best_dice
+            if is_best:
+                self.progress.best_dice, self.progress.best_step = result.dice, step
+                self.progress.validations_without_improvement = 0
+                self._export()
+            else:
+                self.progress.validations_without_improvement += 1
+        picture = self.directory.validation / f"step-{step:06d}.png"
+        if self.processes.is_main:
+            result.write_picture(picture)
+            self._record({"step": step, "validation_dice": result.dice, **_per_class(result)})
+            training_curves(self.directory.read_metrics(), self.directory.root / "curves.png")
+        self.processes.wait()
+        seconds = time.monotonic() - started
+        return Validated(step, result.dice, result.dice_per_class, is_best, picture, seconds)
+
+    def _checkpoint(self) -> Checkpointed:
+        self.progress.trained_seconds = self._seconds()
+        folder = save_checkpoint(
+            self.accelerator,
+            self.directory,
+            self.progress,
+            keep=self.recipe.train.keep_checkpoints,
+            fingerprint=self.manifest.fingerprint,
+            wait=self.processes.wait,
+        )
+        return Checkpointed(self.progress.step, folder)
+
+    def _export(self) -> None:
+        if self.processes.is_main:
+            pipeline = self.networks.pipeline(self.manifest, self.recipe, self.progress.latent_scale)
+            with atomic_folder(self.directory.model) as folder:
+                pipeline.save_pretrained(folder)
+        self.processes.wait()
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights in place, in evaluation mode; the raw ones are back afterwards."""
+        parameters = self.network.averaged_parameters(self.recipe.train.ema_scope)
+        self.network.eval()
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def _record(self, fields: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            self.directory.append_metrics(fields)
+        numbers = {k: v for k, v in fields.items() if k != "step" and isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=fields["step"])
+
+    # Small things ---------------------------------------------------------------------------------
+
+    @property
+    def _class_conditional(self) -> bool:
+        return self.manifest.num_classes > 2
+
+    def _make_ema(self) -> EMAModel | None:
+        settings = self.recipe.train
+        if settings.ema_decay == 0:
+            return None
+        parameters = self.network.averaged_parameters(settings.ema_scope)
+        return EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=False)
+
+    def _latent_scale(self) -> float:
+        wanted = self.recipe.model.latent_scale
+        if self.networks.autoencoder is None:
+            return 1.0
+        if wanted != "measured":
+            return float(wanted)
+        split = self.dataset.split("train")
+        chosen = np.random.default_rng(derive_seed("latent scale")).permutation(len(split))[:_SCALE_SAMPLE]
+        masks = present_masks([split[int(i)] for i in chosen], class_conditional=self._class_conditional)
+        return measure_scale(self.networks.autoencoder, list(masks), device=self.device)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+class _Totals:
+    """Sums of losses since the last record, kept on the device: reading them waits for it."""
+
+    _NAMES = ("loss", "noise_loss", "latent_loss", "pixel_loss")
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(len(self._NAMES), device=self._accelerator.device)
+        self._parts, self._samples, self._since = 0, 0, time.monotonic()
+
+    def add(self, losses: dict[str, torch.Tensor], samples: int) -> None:
+        zero = torch.zeros((), device=self._sums.device)
+        self._sums += torch.stack([losses.get(name, zero).detach().float() for name in self._NAMES])
+        self._parts += 1
+        self._samples += samples
+
+    def take(self) -> tuple[dict[str, float], float]:
+        """Give the means over processes and parts, and images per second; start anew."""
+        sums = self._accelerator.reduce(self._sums, reduction="sum") / self._accelerator.num_processes
+        means = dict(zip(self._NAMES, (sums / max(1, self._parts)).tolist(), strict=True))
+        seconds = time.monotonic() - self._since
+        rate = self._samples * self._accelerator.num_processes / max(seconds, 1e-9)
+        self._reset()
+        return means, rate
+
+
+def _per_class(result: Validation) -> dict[str, float]:
+    return {f"validation_dice_{name}": dice for name, dice in result.dice_per_class.items()}
+
+
+def _check_batch(recipe: Recipe, processes: int) -> None:
+    settings = recipe.train
+    if settings.batch_size % (settings.gradient_accumulation * processes):
+        raise UsageError(
+            f"train.batch_size {settings.batch_size} cannot be shared by {processes} processes in "
+            f"{settings.gradient_accumulation} parts each. Expected a multiple of "
+            f"{settings.gradient_accumulation * processes}."
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: the GPU's, or this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
