@@ -44,4 +44,5 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many comparisons were made."""
-    terminalreporter.write_line(f"comparisons with the official implementation: {len(_ran)} ran")
+    failed = "" if _ran else ": the run counts as failed, for it proves nothing about them"
+    terminalreporter.write_line(f"comparisons with the official implementation: {len(_ran)} ran{failed}")

@@ -209,18 +209,19 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code."""
     _quieten_libraries()
     terminated = _listen_for_sigterm()
+    interrupted = False
     try:
         app(args=args, prog_name="sdseg")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        interrupted = code == 130
     except KeyboardInterrupt:
-        code = 130
+        code, interrupted = 130, True
     except Exception as error:
         code = _exit_code_of(error)
-    if code == 130 and terminated:
-        code = 143
-    if code in (130, 143) and sys.exc_info()[0] is None:
+    if interrupted:
+        code = 143 if terminated else 130
         _say_stopped(code)
     _flush_results()
     sys.exit(code)
@@ -228,9 +229,12 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def _exit_code_of(error: Exception) -> int:
     """Tell the user what went wrong; an error that is sdseg's own fault keeps its traceback."""
-    from sdseg_cli.console import fail
-    from sdseg_cli.core.errors import SdsegError
+    from sdseg_cli.console import fail, say
+    from sdseg_cli.core.errors import Interrupted, SdsegError
 
+    if isinstance(error, Interrupted):
+        say(str(error))
+        return error.exit_code
     if isinstance(error, SdsegError):
         fail(error)
         return error.exit_code
