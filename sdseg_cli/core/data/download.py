@@ -11,7 +11,7 @@ from sdseg_cli.core.errors import DataError, UsageError
 
 ATTEMPTS = 4
 TIMEOUT_S = 30.0
-_CHUNK = 2**18
+_CHUNK = 2**16  # bytes; a break loses less than that
 
 
 def is_url(source: str) -> bool:
