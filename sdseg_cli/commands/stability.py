@@ -130,11 +130,14 @@ def stability(
     where = str(grid or ("model" if protocol is Protocol.sdseg else "case"))
     sampling = found.sampling(num_inference_steps=steps, threshold=threshold)
 
+    if lpips_backbone == "download":
+        console.say("the LPIPS backbone is fetched if it is not in torch's cache (233 MB)")
     with console.working("loading the model"):
-        from sdseg_cli.core.engine.inference import load_predictor
+        from sdseg_cli.core.engine.inference import choose_device, load_predictor
         from sdseg_cli.core.engine.processes import Processes
 
         processes = Processes(cpu=device is Device.cpu)
+        perceptual, lpips_reason = _perceptual(lpips_backbone, str(choose_device(device.value)))
         predictor = load_predictor(
             found.reference,
             device=device.value,
@@ -146,7 +149,6 @@ def stability(
             return_samples=True,
             **sampling,
         )
-        perceptual, lpips_reason = _perceptual(lpips_backbone, str(predictor.device))
     if lpips_reason:
         console.warn(f"LPIPS is left out: {lpips_reason}")
     if dataset is not None:

@@ -49,8 +49,8 @@ CONVENTION_TEXTS: dict[str, str] = {
 }
 DISTANCE_TEXT = (
     "HD95 is the larger of the two directed 95th percentiles, ASSD the mean over both outlines pooled. "
-    "Means of distances are over the cases where both outlines exist; read them with the counts of missed "
-    "and invented structures beside them. Medians include those as infinite."
+    "Means of distances are over the cases where both outlines exist: read them with the missed structures "
+    "and false alarms counted beside them, which medians include as infinite."
 )
 
 
@@ -533,7 +533,7 @@ def evaluation_table(summary: EvaluationSummary, title: str, convention: str) ->
                     _cases_cell(entry, values),
                 )
             )
-    columns = ("class", "metric", "mean", "95 % interval", "median", "std", "cases in mean")
+    columns = ("class", "metric", "mean", "95 % interval", "median", "std", "cases")
     counts = "; ".join(
         f"{entry.class_name}: {entry.missed} missed, {entry.false_alarms} "
         f"{_false_alarms(entry.false_alarms)}, {entry.absent} absent"

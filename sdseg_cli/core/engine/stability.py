@@ -310,7 +310,10 @@ def stability_table(summary: StabilitySummary, title: str, protocol: str) -> Tab
                     str(values.n),
                 )
             )
-    reasons = [f"{LABELS.get(measure, 'Pairs')}: {text}." for measure, text in summary.reasons.items()]
+    reasons = [
+        f"{LABELS.get(measure, 'Pairs')}: {text.removesuffix('.')}."
+        for measure, text in summary.reasons.items()
+    ]
     if summary.all_runs_equal:
         reasons.append("All runs are equal to the last bit: this model draws no noise, or ignores it.")
     caption = " ".join([f"Protocol {protocol!r}: {PROTOCOL_TEXTS[protocol]}", *reasons])

@@ -285,8 +285,8 @@ def find_perceptual_trunk(choice: str | None = None) -> Path:
             ) from error
     if not cached.is_file():
         raise ModelError(
-            f"LPIPS needs AlexNet's weights and {cached} is not there. Pass --lpips-backbone download "
-            f"(233 MB from download.pytorch.org) or --lpips-backbone PATH with {LPIPS_TRUNK_FILE}."
+            f"its backbone is not at hand: {cached} is not there. Pass --lpips-backbone download "
+            f"(233 MB from download.pytorch.org) or --lpips-backbone PATH of {LPIPS_TRUNK_FILE}."
         )
     with cached.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
