@@ -113,7 +113,9 @@ def test_the_reference_page_is_up_to_date():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert page == recipe_reference(), "run: make docs"
     for path in recipe_keys():
-        assert f"| `{path[-1]}` |" in page
+        assert f"\n| `{path[-1]}` | " in page
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert len(headings) == len(set(headings)) == 9
 
 
 def test_a_recipe_of_two_keys_is_complete():

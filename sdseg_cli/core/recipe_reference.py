@@ -57,33 +57,29 @@ _REFUSED = """\
 
 def recipe_reference() -> str:
     """The page, as Markdown: every key with what it takes, its unit, its default and its meaning."""
-    return _INTRODUCTION + "\n".join(_tables()) + "\n" + _REFUSED
+    return _INTRODUCTION + "\n".join([*_tables(), _REFUSED])
 
 
 def _tables() -> Iterator[str]:
-    section: tuple[str, ...] | None = None
+    sections: dict[tuple[str, ...], list[Key]] = {}
     for key in recipe_keys().values():
-        if key.path[:-1] != section:
-            if section is not None:
-                yield ""
-            section = key.path[:-1]
-            yield f"## `{'.'.join(section)}`" if section else "## Top level"
-            yield ""
-            description = _section_description(section)
-            if description:
-                yield description
-                yield ""
-            yield "| Key | Takes | Unit | Default | Meaning |"
-            yield "| --- | --- | --- | --- | --- |"
-        yield _row(key)
-    yield ""
+        sections.setdefault(key.path[:-1], []).append(key)
+    for section, keys in sections.items():
+        yield f"## `{'.'.join(section)}`" if section else "## Top level"
+        yield ""
+        if section:
+            yield from (_section_description(section), "")
+        yield "| Key | Takes | Unit | Default | Meaning |"
+        yield "| --- | --- | --- | --- | --- |"
+        yield from map(_row, keys)
+        yield ""
 
 
 def _section_description(section: tuple[str, ...]) -> str:
     model: object = Recipe
     for name in section:
         model = model.model_fields[name].annotation  # type: ignore[attr-defined]
-    return (model.__doc__ or "") if section else ""
+    return model.__doc__ or ""
 
 
 def _row(key: Key) -> str:
