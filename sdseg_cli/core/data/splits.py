@@ -71,8 +71,9 @@ def read_split(path: Path) -> Split:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not a split file ({error}); {expected}.") from error
     if not isinstance(content, dict) or not content.keys() <= {"name", *SPLITS} or "train" not in content:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: not a split file (found {found or 'nothing'}); {expected}.")
+        kinds = {type(None): "nothing", list: "a list", str: "text"}
+        found = ", ".join(content) if isinstance(content, dict) else kinds.get(type(content), "?")
+        raise DataError(f"{path}: not a split file (found {found}); {expected}.")
     parts: dict[str, tuple[str, ...]] = {}
     for name in SPLITS:
         ids = content.get(name) or []
