@@ -209,9 +209,11 @@ def _steps(stages: Sequence[_Stage], state: _State, folder: DemoFolder) -> list[
     from sdseg_cli.core.reporting.page import Step
 
     record = RunDirectory.open(folder.run).read_run_json()
+    reason = record.get("reason", "steps")
+    ending = "" if reason == "steps" else f", ended by {reason}"
     notes = {
         "prepare": f"The test images are also written to {folder.scans} as files, for predict.",
-        "train": f"{record.get('steps', 0):,} optimizer steps, ended by {record.get('reason', 'steps')}.",
+        "train": f"{record.get('steps', 0):,} optimizer steps{ending}.",
     }
     return [
         Step(stage.name, stage.command, state.seconds[stage.name], notes.get(stage.name, ""))

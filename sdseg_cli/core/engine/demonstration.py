@@ -46,7 +46,7 @@ from sdseg_cli.core.reporting.page import (
 from sdseg_cli.core.run_directory import RunDirectory, library_versions, now
 
 KIND: Literal["endoscopy"] = "endoscopy"
-BRIGHTEST_UNCERTAINTY = 0.3  # standard deviation drawn in the heat map's brightest colour
+LEAST_BRIGHTEST = 0.02  # of uncertainty: noise-like differences below it stay dark
 SHEET_SIDE = 1400  # pixels
 
 
@@ -92,13 +92,14 @@ class ShownCase:
     """One test image: the Dice of its mask and of an Otsu threshold, and its uncertainty.
 
     ``uncertainty`` is the standard deviation between the draws, summed over the image and divided by the
-    predicted foreground pixels; NaN without draws or foreground.
+    predicted foreground pixels, NaN without draws or foreground; ``highest`` is its largest value, or 0.
     """
 
     case_id: str
     dice: float
     otsu: float
     uncertainty: float
+    highest: float
 
 
 def write_scans(folder: DemoFolder, *, cases: int, seed: int, size: int) -> int:
@@ -137,6 +138,7 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
     cases = score_shown_cases(folder, dataset)
     record = run.read_run_json()
     total = sum(step.seconds for step in steps)
+    brightest = max([LEAST_BRIGHTEST, *(case.highest for case in cases)])
     splits = dataset.manifest.splits
     return Page(
         title="sdseg, from nothing to scores",
@@ -148,10 +150,11 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
         ),
         figures=_figures(scores, stability, cases, record, total),
         steps=tuple(steps),
-        gallery=_gallery(folder, dataset, cases),
+        gallery=_gallery(folder, dataset, cases, brightest),
         gallery_note=(
             "The worst, the middle and the best of the test images by the Dice of the mask shown. "
-            "Uncertainty is the standard deviation between draws of the noise: dark is none."
+            "Uncertainty is the standard deviation of the probability between draws of the noise: dark is 0, "
+            f"the brightest colour {brightest:.2f}."
         ),
         legend=_legend(dataset.manifest.classes),
         pictures=(
@@ -184,6 +187,7 @@ def score_shown_cases(folder: DemoFolder, dataset: PreparedDataset) -> list[Show
                 dice(counts),
                 otsu_dice(image, current.label_map),
                 math.nan if spread is None or not area else float(spread.sum()) / area,
+                0.0 if spread is None else float(spread.max()),
             )
         )
     return shown
@@ -226,12 +230,15 @@ def _figures(
 
 
 def _gallery(
-    folder: DemoFolder, dataset: PreparedDataset, cases: Sequence[ShownCase]
+    folder: DemoFolder, dataset: PreparedDataset, cases: Sequence[ShownCase], brightest: float
 ) -> tuple[GalleryCase, ...]:
     truths = {current.case_id: current.label_map for current in dataset.split("test")}
     return tuple(
         GalleryCase(
-            case.case_id, badge, f"Dice {_decimals(case.dice)}", _panels(folder, case, truths[case.case_id])
+            case.case_id,
+            badge,
+            f"Dice {_decimals(case.dice)}",
+            _panels(folder, case, truths[case.case_id], brightest),
         )
         for badge, case in chosen_cases(cases)
     )
@@ -251,7 +258,7 @@ def chosen_cases(cases: Sequence[ShownCase]) -> list[tuple[str, ShownCase]]:
     ]
 
 
-def _panels(folder: DemoFolder, case: ShownCase, truth: np.ndarray) -> tuple[Panel, ...]:
+def _panels(folder: DemoFolder, case: ShownCase, truth: np.ndarray, brightest: float) -> tuple[Panel, ...]:
     name = f"{case.case_id}.png"
     image = read_image(folder.scans / name).pixels
     prediction = read_label_map(folder.masks / name, num_classes=2)
@@ -262,7 +269,7 @@ def _panels(folder: DemoFolder, case: ShownCase, truth: np.ndarray) -> tuple[Pan
     ]
     spread = _uncertainty(folder, case.case_id)
     if spread is not None:
-        panels.append(Panel("uncertainty", webp_source(heat_map(spread, highest=BRIGHTEST_UNCERTAINTY))))
+        panels.append(Panel("uncertainty", webp_source(heat_map(spread, highest=brightest))))
     return tuple(panels)
 
 

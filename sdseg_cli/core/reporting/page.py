@@ -222,7 +222,11 @@ def line_chart(
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
             parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
         if one.marks:
-            parts += [f'<circle class="dot c{index}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
+            style, radius = ("dot", 2.6) if one.line else ("dot alone", 4)
+            parts += [
+                f'<circle class="{style} c{index}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>'
+                for a, b in points
+            ]
     return _svg(parts, description)
 
 
