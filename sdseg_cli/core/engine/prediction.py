@@ -391,7 +391,7 @@ class _ReadStream:
             try:
                 case = future.result()
             except (SdsegError, OSError, MemoryError) as error:
-                self._failures.append(_failed(task, _reason(error)))
+                self._failures.append(_failed(task, _reason(task, error)))
                 continue
             self._cases[task.case_id] = case
             return case.slice_input
@@ -518,14 +518,15 @@ def _failed(task: PredictionTask, error: str) -> CasePrediction:
     return CasePrediction(task.case_id, task.file, "failed", error=error)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(task: PredictionTask, error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file is gone since the start."
     if isinstance(error, MemoryError):
         return "the image is too large for the memory of this machine."
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    return readable(str(error))
+    # The record names the file in a field of its own.
+    return readable(str(error).removeprefix(f"{task.path}: "))
 
 
 def _fatal(task: PredictionTask, error: OSError) -> DataError:
