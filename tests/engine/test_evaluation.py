@@ -163,7 +163,7 @@ def test_missed_structures_are_counted_beside_the_mean_they_drop_out_of():
     assert polyp.metrics["hd95"].infinite == 2
     table = evaluation_table(summary, "test", "standard")
     hd95 = next(row for row in table.rows if row[1] == "HD95 (px)")
-    assert hd95[-1] == "2, without 1 missed, 1 false alarm"
+    assert hd95[-1] == "2 of 4"
     assert "polyp: 1 missed, 1 false alarm, 1 absent" in table.caption
     assert "Convention 'standard'" in table.caption
 

@@ -161,6 +161,14 @@ def test_what_is_undefined_is_null_with_its_reason():
     assert float(line["ssim"]) == entries["polyp", "maps"].ssim
 
 
+def test_a_negative_contrast_under_the_official_protocol_is_said():
+    left_and_right = np.stack([blob(shift, side=192)[None] for shift in (-60, 60)])
+    record, entries = measured(left_and_right, protocol="sdseg")
+    assert math.isnan(entries["polyp", "maps"].ms_ssim)
+    reasons = summarise_rows(slice_rows(record), protocol="sdseg").reasons
+    assert reasons["ms_ssim"] == "2 of 2 comparisons have a negative contrast term, which has no real power"
+
+
 @pytest.mark.faults
 def test_one_run_is_refused():
     with pytest.raises(UsageError, match="--runs is 1; stability compares runs"):

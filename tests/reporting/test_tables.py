@@ -36,5 +36,5 @@ def test_cells_show_what_is_undefined_and_what_is_infinite():
 
 
 def test_an_interval_is_a_dash_where_there_is_none():
-    assert interval_cell(0.84123, 0.9) == "0.8412–0.9000"
+    assert interval_cell(0.84123, 0.9) == "0.8412 – 0.9000"
     assert interval_cell(math.nan, math.nan) == "–"

@@ -529,11 +529,10 @@ def evaluation_table(summary: EvaluationSummary, title: str, convention: str) ->
                     cell(values.mean, digits),
                     interval_cell(values.low, values.high, digits),
                     cell(values.median, digits),
-                    cell(values.std, digits),
-                    _cases_cell(entry, values),
+                    _cases_cell(values),
                 )
             )
-    columns = ("class", "metric", "mean", "95 % interval", "median", "std", "cases")
+    columns = ("class", "metric", "mean", "95 % interval", "median", "cases")
     counts = "; ".join(
         f"{entry.class_name}: {entry.missed} missed, {entry.false_alarms} "
         f"{_false_alarms(entry.false_alarms)}, {entry.absent} absent"
@@ -547,14 +546,9 @@ def evaluation_table(summary: EvaluationSummary, title: str, convention: str) ->
     return Table(title, caption, columns, tuple(rows))
 
 
-def _cases_cell(entry: ClassSummary, values: Summary) -> str:
-    """``96``, or ``96, without 3 missed, 1 false alarm`` where infinite distances are left out of a mean."""
-    text = str(values.n - values.infinite)
-    if not values.infinite:
-        return text
-    counts = ((entry.missed, "missed"), (entry.false_alarms, _false_alarms(entry.false_alarms)))
-    left_out = [f"{count} {name}" for count, name in counts if count]
-    return f"{text}, without {', '.join(left_out)}"
+def _cases_cell(values: Summary) -> str:
+    """``96``, or ``93 of 96`` where infinite distances are left out of the mean."""
+    return f"{values.n - values.infinite} of {values.n}" if values.infinite else str(values.n)
 
 
 def _false_alarms(count: int) -> str:

@@ -280,6 +280,15 @@ def _reasons(rows: Sequence[dict[str, Any]], lpips_reason: str, protocol: Protoc
     for measure, least in (("ssim", SSIM_MIN_SIDE), ("ms_ssim", MS_SSIM_MIN_SIDE), ("lpips", LPIPS_MIN_SIDE)):
         if text := too_small(least):
             reasons[measure] = text
+    unreal = sum(
+        math.isnan(row["ms_ssim"])
+        and min(row["height"], row["width"]) >= MS_SSIM_MIN_SIDE
+        and row["pairs"] > row["skipped_pairs"]
+        for row in rows
+    )
+    if unreal:
+        text = f"{unreal} of {len(rows)} comparisons have a negative contrast term, which has no real power"
+        reasons["ms_ssim"] = "; ".join(filter(None, [reasons.get("ms_ssim"), text]))
     if lpips_reason:
         reasons["lpips"] = lpips_reason
     if identical := sum(row["identical_pairs"] for row in rows):
@@ -306,7 +315,6 @@ def stability_table(summary: StabilitySummary, title: str, protocol: str) -> Tab
                     cell(values.mean, digits),
                     interval_cell(values.low, values.high, digits),
                     cell(values.median, digits),
-                    cell(values.std, digits),
                     str(values.n),
                 )
             )
@@ -317,5 +325,5 @@ def stability_table(summary: StabilitySummary, title: str, protocol: str) -> Tab
     if summary.all_runs_equal:
         reasons.append("All runs are equal to the last bit: this model draws no noise, or ignores it.")
     caption = " ".join([f"Protocol {protocol!r}: {PROTOCOL_TEXTS[protocol]}", *reasons])
-    columns = ("class", "kind", "measure", "mean", "95 % interval", "median", "std", "n")
+    columns = ("class", "kind", "measure", "mean", "95 % interval", "median", "n")
     return Table(title, caption, columns, tuple(rows))

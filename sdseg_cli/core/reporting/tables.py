@@ -41,10 +41,10 @@ def cell(value: float | int | None, digits: int = 4) -> str:
 
 
 def interval_cell(low: float, high: float, digits: int = 4) -> str:
-    """Format an interval: ``0.8412–0.9023``, or a dash where there is none."""
+    """Format an interval: ``0.8412 – 0.9023``, or a dash where there is none."""
     if math.isnan(low) or math.isnan(high):
         return "–"
-    return f"{low:.{digits}f}–{high:.{digits}f}"
+    return f"{low:.{digits}f} – {high:.{digits}f}"
 
 
 def _csv_cell(value: Any) -> Any:
