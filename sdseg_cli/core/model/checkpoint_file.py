@@ -1,0 +1,98 @@
+"""Reads checkpoint files of others without running what they may hold."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sdseg_cli.core.errors import ModelError
+
+
+class _LightningCallback:
+    """Stands in for the class that Lightning 1.4 uses as a key of ``callbacks``; does nothing."""
+
+
+# The reader of weights compares names, so the stand-in carries the name that the file holds.
+_LightningCallback.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+_LightningCallback.__qualname__ = _LightningCallback.__name__ = "ModelCheckpoint"
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a checkpoint; nothing in the file is executed.
+
+    Args:
+        path: a Lightning or plain PyTorch checkpoint, or a safetensors file.
+
+    Returns:
+        Name to tensor, on the CPU, mapped from the file where its format allows it: optimizer states, which
+        are most of a training checkpoint, are then never read.
+
+    Raises:
+        ModelError: the file is missing, damaged, holds code, or holds no weights.
+    """
+    if not path.is_file():
+        raise ModelError(
+            f"checkpoint {path} does not exist. Expected a .ckpt, .pt, .pth or .safetensors file."
+        )
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise ModelError(
+            f"checkpoint {path} holds a {type(state).__name__}, expected named weights, at its top or under "
+            "'state_dict'. Is it a whole pickled model? Save its state_dict() with the program that made it."
+        )
+    weights = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    strangers = sorted(str(name) for name in state if str(name) not in weights)
+    if strangers or not weights:
+        raise ModelError(
+            f"checkpoint {path} holds no plain weights: found {', '.join(strangers[:8]) or 'nothing'}, "
+            "expected pairs of name and tensor, at its top or under 'state_dict'."
+        )
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors ({error}). {_AGAIN}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise ModelError(f"checkpoint {path} is empty (0 bytes). {_AGAIN}")
+    try:
+        with torch.serialization.safe_globals([_LightningCallback]):
+            # Only PyTorch's zip format can be mapped; older files are read whole.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" not in reason and "WeightsUnpickler" not in reason:
+            raise ModelError(
+                f"{path} is no checkpoint that PyTorch can read: {_brief(error)}. {_AGAIN}"
+            ) from error
+        raise ModelError(
+            f"checkpoint {path} holds more than weights, and what it holds could run code: {_brief(error)}. "
+            "It was not executed. If you trust its source, save the weights alone with the program that made "
+            "it: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt'), and convert that file."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise ModelError(f"checkpoint {path} cannot be read: {_brief(error)}. {_AGAIN}") from error
+
+
+_AGAIN = "It may be cut short or damaged: download or copy it again and compare its size."
+
+
+def _brief(error: BaseException) -> str:
+    """Keep what matters of PyTorch's long advice, which also names ways that sdseg does not take."""
+    text = " ".join(str(error).split())
+    for marker in ("WeightsUnpickler error: ", "Unsupported "):
+        if marker in text:
+            text = text.split(marker, 1)[1]
+    return text.split(" was not an allowed global")[0].split(". Please")[0].rstrip(".")[:200]
