@@ -195,8 +195,8 @@ def prepare(
         excluded = gathered.problems
         if excluded and not exclude_bad:
             raise DataError(_problem_listing(excluded, total=len(cases) + len(problems)))
-        if not gathered.prepared:
-            raise DataError("no case is left to prepare. " + _problem_listing(excluded, total=len(excluded)))
+        if not any(gathered.prepared.values()):
+            raise DataError("no case is left to prepare: " + _problem_listing(excluded, total=len(excluded)))
         gathered.refuse_without_foreground(description.classes)
         tables.save(work)
         used = split.without(problem.case_id for problem in excluded)

@@ -72,7 +72,7 @@ def read_split(path: Path) -> Split:
         raise DataError(f"{path}: not a split file ({error}); {expected}.") from error
     if not isinstance(content, dict) or not content.keys() <= {"name", *SPLITS} or "train" not in content:
         kinds = {type(None): "nothing", list: "a list", str: "text"}
-        found = ", ".join(content) if isinstance(content, dict) else kinds.get(type(content), "?")
+        found = (", ".join(content) if isinstance(content, dict) else kinds.get(type(content))) or "nothing"
         raise DataError(f"{path}: not a split file (found {found}); {expected}.")
     parts: dict[str, tuple[str, ...]] = {}
     for name in SPLITS:

@@ -1,0 +1,265 @@
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdseg_cli.cli import main
+from sdseg_cli.commands.prepare import parse_classes, parse_fractions, parse_label_values
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.errors import UsageError
+
+
+@pytest.fixture
+def sdseg(capsys):
+    """Run a command line; gives (exit code, standard output, messages on one line)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return end.value.code, output.out, " ".join(output.err.split())
+
+    return run
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Ten images of three patients and their masks."""
+    for index in range(10):
+        random = np.random.default_rng(index)
+        mask = np.zeros((18, 24), np.uint8)
+        mask[4:10, 3 : 8 + index] = 255
+        for folder, array in (("images", random.integers(0, 256, (18, 24, 3), np.uint8)), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / folder / f"p{index % 3}_{index}.png")
+    return tmp_path
+
+
+def folder_options(raw):
+    return ["--images", raw / "images", "--masks", raw / "masks", "--out", raw / "out", "--size", 32]
+
+
+def test_prepare_folder_makes_a_dataset_and_a_sheet(sdseg, raw):
+    code, out, messages = sdseg("prepare", "folder", *folder_options(raw), "--classes", "polyp")
+    assert code == 0, messages
+    assert "out, 32 x 32, squeeze" in out
+    assert "contact_sheet.png before you train on it" in messages
+    manifest = PreparedDataset.open(raw / "out").manifest
+    assert manifest.splits == {"train": 8, "validation": 1, "test": 1}
+    assert manifest.classes == ("background", "polyp")
+    with Image.open(raw / "out" / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 32
+
+
+def test_prepare_folder_keeps_groups_together(sdseg, raw):
+    options = ["--group-by", r"^(p\d)_", "--fractions", "0.4,0.3,0.3"]
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw), *options)
+    assert code == 0, messages
+    dataset = PreparedDataset.open(raw / "out")
+    groups = [set(dataset.split(name).groups) for name in ("train", "validation", "test")]
+    assert sorted(map(sorted, groups)) == [["p0"], ["p1"], ["p2"]]
+
+
+def test_prepare_folder_takes_the_split_file_that_an_earlier_one_left(sdseg, raw):
+    sdseg("prepare", "folder", *folder_options(raw), "--seed", 5)
+    first = PreparedDataset.open(raw / "out").split("test").case_ids
+    options = ["--images", raw / "images", "--masks", raw / "masks", "--out", raw / "again", "--size", 48]
+    code, _, messages = sdseg("prepare", "folder", *options, "--split", raw / "out" / "split.yaml")
+    assert code == 0, messages
+    assert PreparedDataset.open(raw / "again").split("test").case_ids == first
+
+
+def test_prepare_folder_reads_several_classes_from_an_archive(sdseg, raw, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as pack:
+        for index in range(5):
+            file = raw / "masks" / f"p{index % 3}_{index}.png"
+            mask = np.asarray(Image.open(file)) // 255 * 100
+            mask[12:, 20:] = 200
+            Image.fromarray(mask).save(file)
+            pack.write(file, f"set/seg/{file.stem}_mask.png")
+            pack.write(raw / "images" / file.name, f"set/img/{file.name}")
+    options = ["--source", tmp_path / "all.zip", "--images", "set/img", "--masks", "set/seg"]
+    options += [
+        "--mask-suffix",
+        "_mask",
+        "--classes",
+        "liver,kidney",
+        "--label-values",
+        "0=0,100=liver,200=2",
+    ]
+    code, _, messages = sdseg("prepare", "folder", *options, "--out", tmp_path / "out", "--size", "32")
+    assert code == 0, messages
+    manifest = PreparedDataset.open(tmp_path / "out").manifest
+    assert manifest.classes == ("background", "liver", "kidney")
+    assert manifest.preparation["statistics"]["train"]["kidney"]["slices"] == manifest.splits["train"]
+    assert "set/img/p0_0.png" in manifest.sources
+    assert len(manifest.preparation["archive_sha256"]) == 64
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["all.zip", "images", "masks", "out"]
+
+
+def test_prepare_phantom_makes_the_same_dataset_from_the_same_seed(sdseg, tmp_path):
+    options = ["--kind", "organs", "--cases", 5, "--size", 32]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        code, _, messages = sdseg("prepare", "phantom", *options, "--seed", seed, "--out", tmp_path / name)
+        assert code == 0, messages
+    first, second, third = (PreparedDataset.open(tmp_path / name).manifest for name in "abc")
+    assert first.num_classes == 4
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+
+
+def test_prepare_phantom_runs_on_several_processes(sdseg, tmp_path):
+    options = ["--cases", 4, "--size", 32]
+    for name, workers in (("a", 1), ("b", 2)):
+        sdseg("prepare", "phantom", *options, "--workers", workers, "--out", tmp_path / name)
+    one, two = (PreparedDataset.open(tmp_path / name).manifest.fingerprint for name in "ab")
+    assert one == two
+
+
+def make_cvc(folder):
+    for index in range(1, 613):
+        for name in ("Original", "Ground Truth"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            array = np.full((8, 8), 40 if name == "Original" else 0, np.uint8)
+            array[2:6, 2:6] = 200
+            Image.fromarray(array).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_prepare_cvc_offers_the_paper_split_with_a_warning_and_the_honest_one(sdseg, tmp_path):
+    source = make_cvc(tmp_path / "PNG")
+    options = ["--source", source, "--size", 32, "--workers", 1]
+    code, _, messages = sdseg("prepare", "cvc", *options, "--out", tmp_path / "paper")
+    assert code == 0, messages
+    assert "puts frames of 29 video sequences into several splits" in messages
+    code, _, messages = sdseg("prepare", "cvc", *options, "--out", tmp_path / "seq", "--split", "sequence")
+    assert code == 0, messages
+    assert "into several splits" not in messages
+    for name in ("paper", "seq"):
+        manifest = PreparedDataset.open(tmp_path / name).manifest
+        assert manifest.splits == {"train": 492, "validation": 60, "test": 60}
+
+
+# What goes wrong
+
+
+@pytest.mark.faults
+def test_prepare_cvc_without_a_source_says_where_to_register(sdseg, tmp_path):
+    code, _, messages = sdseg("prepare", "cvc", "--out", tmp_path / "out")
+    assert code == 2
+    assert "--source is missing. CVC-ClinicDB needs a registration" in messages
+
+
+@pytest.mark.faults
+def test_prepare_kseg_with_other_images_says_that_the_split_does_not_fit(sdseg, raw):
+    code, _, messages = sdseg("prepare", "kseg", "--source", raw, "--out", raw / "out")
+    assert code == 1
+    assert "1000 listed cases are not in the data" in messages
+    assert "10 cases of the data are not listed (p0_0," in messages
+    assert not (raw / "out").exists()
+
+
+@pytest.mark.faults
+def test_bad_pairs_end_with_1_and_a_list_and_are_excluded_on_request(sdseg, raw):
+    (raw / "masks" / "p0_0.png").unlink()
+    (raw / "images" / "p1_1.png").write_bytes(b"")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(raw / "masks" / "p2_2.png")
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw))
+    assert code == 1
+    assert "3 of 10 cases cannot be used; nothing was prepared" in messages
+    for expected in (
+        "p0_0: image p0_0.png has no mask",
+        "p1_1.png: the file is empty",
+        "p2_2.png is 5x5 pixels",
+    ):
+        assert expected in messages
+    assert not (raw / "out").exists()
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw), "--exclude-bad")
+    assert code == 0, messages
+    assert "3 cases left out (listed in dataset.json)" in messages
+    manifest = json.loads((raw / "out" / "dataset.json").read_text())
+    assert set(manifest["preparation"]["excluded"]) == {"p0_0", "p1_1", "p2_2"}
+
+
+@pytest.mark.faults
+def test_an_existing_folder_ends_with_2_before_anything_is_read(sdseg, raw):
+    sdseg("prepare", "folder", *folder_options(raw))
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw))
+    assert code == 2
+    assert "the folder exists already. Pass --overwrite" in messages
+    assert sdseg("prepare", "folder", *folder_options(raw), "--overwrite")[0] == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--threshold", 5, "--classes", "a,b"], "--threshold makes one foreground class, --classes names 2"),
+        (["--threshold", 5, "--label-values", "0=0"], "--threshold and --label-values exclude each other"),
+        (["--label-values", "0=0,9=tumour"], "cannot use '9=tumour'; expected STORED=CLASS"),
+        (["--classes", "a,,b"], "expected 1 to 254 different names by comma"),
+        (["--fractions", "most"], "expected three numbers by comma"),
+        (["--fractions", "0.5,0.5,0.5"], "three numbers from 0 to 1 that sum to 1"),
+        (["--split", "s.yaml", "--fractions", "1,0,0"], "--split and --fractions exclude each other"),
+        (["--split", "gone.yaml"], "gone.yaml: no such split file"),
+        (["--group-by", "patient"], "no group in case 'p0_0'"),
+        (["--size", 100], "--size 100: expected a multiple of 8, like 96"),
+        (["--source", "gone.zip"], "gone.zip: no such file or folder"),
+    ],
+)
+def test_wrong_options_end_with_2_and_say_what_is_expected(sdseg, raw, options, expected):
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw), *options)
+    assert code == 2
+    assert expected in messages
+    assert not (raw / "out").exists()
+
+
+@pytest.mark.faults
+def test_a_cut_archive_ends_with_1_and_leaves_nothing(sdseg, tmp_path):
+    with zipfile.ZipFile(tmp_path / "k.zip", "w") as pack:
+        pack.writestr("Kvasir-SEG/images/a.jpg", bytes(1000))
+    (tmp_path / "k.zip").write_bytes((tmp_path / "k.zip").read_bytes()[:700])
+    code, _, messages = sdseg("prepare", "kseg", "--source", tmp_path / "k.zip", "--out", tmp_path / "out")
+    assert code == 1
+    assert "not a whole zip archive, most likely cut short. Fetch it again" in messages
+    assert [entry.name for entry in tmp_path.iterdir()] == ["k.zip"]
+
+
+def test_16_bit_images_are_told(sdseg, raw):
+    Image.fromarray(np.arange(18 * 24, dtype=np.uint16).reshape(18, 24)).save(raw / "images" / "p0_0.png")
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw))
+    assert code == 0, messages
+    assert "16-bit scaled: 1 images (first p0_0: 16-bit scaled from [0, 431])" in messages
+
+
+@pytest.mark.parametrize("command", ["", "kseg", "cvc", "folder", "phantom"])
+def test_every_help_ends_with_worked_examples(sdseg, command):
+    code, out, _ = sdseg("prepare", *([command] if command else []), "--help")
+    assert code == 0
+    assert f"sdseg prepare {command}".strip() in out.partition("Examples")[2]
+
+
+# What the options say
+
+
+def test_classes_get_the_background_in_front():
+    assert parse_classes("liver, kidney") == ("background", "liver", "kidney")
+    assert parse_classes("background,polyp") == ("background", "polyp")
+
+
+def test_label_values_take_numbers_and_names():
+    classes = ("background", "cup", "rim")
+    assert parse_label_values("255=background, 0=cup,128=2", classes) == {255: 0, 0: 1, 128: 2}
+    assert parse_label_values(None, classes) is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("text", ["", "1", "1=", "=1", "-1=0", "1=3", "1=0,1=1", "a=0"])
+def test_senseless_label_values_are_refused(text):
+    with pytest.raises(UsageError, match="--label-values"):
+        parse_label_values(text, ("background", "cup", "rim"))
+
+
+def test_fractions_are_three_numbers():
+    assert parse_fractions("0.7, .2,0.1") == [0.7, 0.2, 0.1]
