@@ -346,9 +346,7 @@ def _prepare_benchmark(
     _check_out(out, size, overwrite)
     given = source or benchmark.url
     if given is None:
-        raise UsageError(
-            f"{benchmark.title} has no public address. {benchmark.how_to_get} Then: --source FILE"
-        )
+        raise UsageError(f"--source is missing. {benchmark.how_to_get}")
     file = resources_root() / "splits" / benchmark.splits[split] if split in benchmark.splits else Path(split)
     if not file.is_file():
         words = ", ".join(benchmark.splits)
