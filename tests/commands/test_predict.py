@@ -326,3 +326,49 @@ def start_slow_without_torch(scans: Path, tmp_path: Path, model: str) -> subproc
     return subprocess.Popen(
         [*command, "--model", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+TWO = """
+import os, sys, types
+from pathlib import Path
+import numpy as np
+from sdseg_cli.core.engine import inference
+
+class Marks:
+    image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+    def __call__(self, inputs):
+        for one in inputs:
+            Path(os.environ["MARKS"], f"{os.environ['RANK']}-{one.case_id}").touch()
+            level = one.grid.probabilities_to_case(one.image.mean(axis=-1).astype(np.float32) / 255)
+            yield types.SimpleNamespace(case_id=one.case_id, slice_index=0,
+                label_map=(level > 0.5).astype(np.uint8), probabilities=np.stack([1 - level, level]),
+                uncertainty=level, samples=None)
+
+inference.load_predictor = lambda reference, **options: Marks()
+from sdseg_cli.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_two_processes_share_the_images_and_lose_or_double_none(tmp_path, model):
+    scans, marks, out = (tmp_path / name for name in ("scans", "marks", "masks"))
+    scans.mkdir()
+    marks.mkdir()
+    for index in range(7):
+        Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(scans / f"{index}.png")
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    finished = subprocess.run(
+        [*launch, "predict", scans, "--out", out, "--model", model, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MARKS": str(marks), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in marks.iterdir()) == [
+        "0-0", "0-2", "0-4", "0-6", "1-1", "1-3", "1-5",
+    ]  # fmt: skip
+    assert [(row["case"], row["status"]) for row in rows(out)] == [(str(k), "done") for k in range(7)]
+    assert finished.stderr.count("7 of 7 images done") == 1
