@@ -59,9 +59,10 @@ def download(
         expected = f"sha256:{sha256}" if sha256 else None
         file = Path(pooch.retrieve(url, expected, fname=name, path=folder, downloader=downloader))
     except requests.RequestException as error:
+        kept = f" What came is kept in {downloader.partial}." if downloader.partial.exists() else ""
         raise DataError(
-            f"{url}: cannot be fetched ({_short(error)}). What came is kept and continued by the same "
-            f"command later; or fetch it by hand and pass --source FILE. ({downloader.partial})"
+            f"{url}: cannot be fetched ({_short(error)}).{kept} Run the same command again later, or fetch "
+            "it by hand and pass --source FILE."
         ) from error
     except ValueError as error:
         if sha256 is None:
@@ -95,7 +96,7 @@ class _Resuming:
                 self._fetch(url)
                 break
             except broken_off as error:
-                if attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or _never_connected(error):
                     raise
                 if self._retrying is not None:
                     self._retrying(
@@ -146,5 +147,22 @@ class _Resuming:
 
 
 def _short(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The cause at the bottom of the libraries' nested messages, in one line."""
+    cause = _cause(error)
+    text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    if cause is not error:
+        text = text.split(": ", 1)[-1]  # without the connection object's own name
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _cause(error: Exception) -> Exception:
+    inner = error.args[0] if error.args else None
+    reason = getattr(inner, "reason", None)
+    return reason if isinstance(reason, Exception) else error
+
+
+def _never_connected(error: Exception) -> bool:
+    """Whether there is no way to the server at all, so that asking again at once is in vain."""
+    from urllib3.exceptions import NewConnectionError
+
+    return isinstance(_cause(error), NewConnectionError)  # a name that is not resolved is one as well
