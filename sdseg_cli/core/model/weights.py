@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import timm
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sdseg_cli.core.errors import ModelError, UsageError
@@ -25,12 +25,15 @@ _NO_DOWNLOAD = (
     "A recipe that needs no published weights: `sdseg train --recipe kseg-fast` "
     "(or --set model.autoencoder=builtin --set model.unet_weights=random)."
 )
+_PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches"}
+_ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
+_NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def quiet_diffusers() -> None:
-    """Keep diffusers' progress bars and advice off the screen; its errors still raise."""
-    diffusers_logging.set_verbosity_error()
+    """Keep diffusers' progress bars and advice off the screen; what fails still raises."""
+    diffusers_logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     diffusers_logging.disable_progress_bar()
     logging.getLogger("timm").setLevel(logging.ERROR)
 
@@ -71,22 +74,52 @@ def _load(location: str, what: str, key: str) -> Autoencoder:
     try:
         config = AutoencoderKL.load_config(location)
         kind = classes.get(str(config.get("_class_name")), AutoencoderKL)
-        return kind.from_pretrained(location)
+        network, found = kind.from_pretrained(location, output_loading_info=True)
+        # The library fills what a file lacks with whatever is in the memory, and says nothing.
+        _refuse_partial(found["missing_keys"], found["unexpected_keys"])
     except _LOAD_FAILURES as error:
-        raise _missing(location, what, key, "config.json and diffusion_pytorch_model.safetensors") from error
+        expected = "config.json and diffusion_pytorch_model.safetensors"
+        raise _missing(location, what, key, expected, _reason(error)) from error
+    return network
 
 
-def _missing(location: str, what: str, key: str, expected: str) -> UsageError:
+def _refuse_partial(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise a ValueError where a file does not hold exactly a network's tensors."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        raise ValueError(
+            "the weights do not match the configuration beside them. "
+            f"Missing: {_named(missing)}. Unexpected: {_named(unexpected)}"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(names[:_NAMED]) or "none") + rest
+
+
+def _missing(location: str, what: str, key: str, expected: str, reason: str = "") -> UsageError:
     folder = Path(location)
     if folder.exists():
         found = f"{folder} exists but holds no {what} that can be read"
+        found += f" ({reason})" if reason else ""
     elif location.count("/") == 1 and not location.startswith((".", "/")):
         found = f"there is no folder {location!r}, and no model of that name in the hub's cache or on the hub"
     else:
         found = f"{folder} does not exist"
     return UsageError(
         f"{key}: the published {what} was asked for, and {found}. Expected: a folder with {expected}. "
-        f"Put it there, or name another place with --set {key}=FOLDER. {_NO_DOWNLOAD}"
+        f"Put it there, or name another place with --set {key}=FOLDER. {_where_published(key)}{_NO_DOWNLOAD}"
+    )
+
+
+def _where_published(key: str) -> str:
+    name = _PUBLISHED.get(key)
+    if name is None:
+        return ""
+    return (
+        f"The paper's is in {name}.zip at https://ommer-lab.com/files/latent-diffusion/: unpack it, and make "
+        f"the folder with `sdseg convert model.ckpt --out weights/{name}`. "
     )
 
 
@@ -231,10 +264,14 @@ def load_pipeline(location: str) -> SDSegPipeline:
     """
     quiet_diffusers()
     try:
-        pipeline = SDSegPipeline.from_pretrained(location)
+        folder = location if Path(location).is_dir() else SDSegPipeline.download(location)
+        pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
+        for name, component in pipeline.components.items():
+            if isinstance(component, torch.nn.Module):
+                _check_whole(component, Path(folder) / name)
     except Exception as error:
         raise ModelError(
-            f"model {location!r} cannot be loaded: {_first_line(error)} "
+            f"model {location!r} cannot be loaded: {_reason(error)}. "
             "Expected a folder written by `sdseg train` (with model_index.json) or such a model on the hub."
         ) from error
     if not isinstance(pipeline, SDSegPipeline):
@@ -244,6 +281,27 @@ def load_pipeline(location: str) -> SDSegPipeline:
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_whole(network: torch.nn.Module, folder: Path) -> None:
+    """Raise a ValueError where the files of a component lack or exceed its tensors."""
+    stored: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    expected = set(network.state_dict())
+    try:
+        _refuse_partial(expected - stored, stored - expected)
+    except ValueError as error:
+        raise ValueError(f"{folder.name}: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error, without the library's advice to its own callers."""
+    text = str(error).strip() or type(error).__name__
+    for advice in _ADVICE:
+        text = text.split(advice)[0]
+    return " ".join(text.split()).rstrip(".:")[:400]
 
 
 def _first_line(error: BaseException) -> str:
