@@ -421,7 +421,7 @@ def _opened(source: str | None, out: Path, *, sha256: str | None = None) -> Iter
         ExitStack() as stack,
     ):
         with byte_progress(
-            "fetching" if is_url(source) else "unpacking"
+            "fetching and unpacking" if is_url(source) else "unpacking"
         ) as advance:  # closed before the next bar is drawn
             raw = stack.enter_context(
                 opened_source(
