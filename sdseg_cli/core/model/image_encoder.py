@@ -61,7 +61,8 @@ class KLImageEncoder(ModelMixin, ConfigMixin):
         width = channels[-1]
         self.stages = nn.ModuleList(
             nn.Sequential(
-                Downsample2D(width, use_conv=True),
+                # By its default name the convolution is registered twice, and cannot be saved.
+                Downsample2D(width, use_conv=True, name="op"),
                 _TimelessResnet(in_channels=width, temb_channels=None, dropout=dropout),
             )
             for _ in range(levels - 1)
@@ -119,6 +120,8 @@ class TimmImageEncoder(ModelMixin, ConfigMixin):
                 "needed are 8, 16, ... without a gap. Choose a backbone such as timm:resnet18."
             )
         self.pyramid = FeaturePyramidNetwork([info.channels()[i] for i in self._kept], pyramid_channels)
+        for level in range(levels, len(strides)):  # weights without a gradient would stop several processes
+            self.pyramid.layer_blocks[level] = nn.Identity()
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(pyramid_channels, pyramid_channels, 3, stride=2, padding=1), nn.SiLU())
             for _ in range(levels - len(strides))

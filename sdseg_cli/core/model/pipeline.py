@@ -16,6 +16,7 @@ from sdseg_cli.core.model.image_encoder import ImageEncoder
 from sdseg_cli.core.model.latents import decode_scores, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.plain_unet import PlainUNet
+from sdseg_cli.core.model.schedule import reverse_step
 from sdseg_cli.core.model.unet import SDSegUNet
 from sdseg_cli.core.seeding import generator_for
 
@@ -215,13 +216,12 @@ class SDSegPipeline(DiffusionPipeline):
             class_labels = torch.arange(num_maps, device=noise.device).repeat(len(noise))
             conditioning = [features.repeat_interleave(num_maps, dim=0) for features in conditioning]
         latent = noise.repeat_interleave(num_maps, dim=0)
-        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
-        for timestep in self.scheduler.timesteps:
-            output = self.unet(
-                latent.to(self.unet.dtype), timestep.expand(len(latent)), conditioning, class_labels
-            )
-            # float32: the last timestep multiplies the error of a predicted noise by 38.67
-            latent = self.scheduler.step(output.float(), timestep, latent.float()).prev_sample
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps.tolist()
+        for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+            at = torch.full((len(latent),), timestep, device=noise.device)
+            output = self.unet(latent.to(self.unet.dtype), at, conditioning, class_labels)
+            latent = reverse_step(self.scheduler, output, latent, timestep, following)
         scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)  # (B * K, 1, S, S)
         scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])
         if num_maps > 1:

@@ -63,3 +63,38 @@ def predicted_original(
     if kind == "epsilon":
         return (noisy_latent - spread * output) / signal
     return signal * noisy_latent - spread * output
+
+
+def reverse_step(
+    scheduler: DDIMScheduler,
+    output: torch.Tensor,
+    latent: torch.Tensor,
+    timestep: int,
+    following: int | None,
+) -> torch.Tensor:
+    """Take one deterministic reverse step.
+
+    The scheduler's own step takes ``timestep - T // steps`` for the timestep that follows, which is not the
+    one that follows where the number of steps does not divide T, and ends before the clean latent.
+
+    Args:
+        scheduler: the schedule and the kind of prediction.
+        output: float, (B, C, h, w), the network's output.
+        latent: float, (B, C, h, w), scaled, at ``timestep``.
+        timestep: in [0, T).
+        following: the timestep to go to; None ends at the clean latent.
+
+    Returns:
+        float32, (B, C, h, w), scaled.
+
+    Source:
+        Song et al. 2021 (DDIM), Eq. (12) with sigma = 0.
+    """
+    latent = latent.float()
+    timesteps = torch.full((len(latent),), timestep, device=latent.device)
+    estimate = predicted_original(scheduler, output, latent, timesteps)
+    if following is None:
+        return estimate
+    now, then = (float(scheduler.alphas_cumprod[index]) for index in (timestep, following))
+    direction = (latent - now**0.5 * estimate) / (1 - now) ** 0.5
+    return then**0.5 * estimate + (1 - then) ** 0.5 * direction
