@@ -1,0 +1,111 @@
+"""What several tests share: tiny phantom datasets, tiny recipes, and a training that takes a second."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+# One thread: sums do not depend on the machine's cores, and tiny tensors are faster so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch anything
+
+SIZE = 32
+
+
+def _prepare(out: Path, kind: str, cases: int) -> Path:
+    from sdseg_cli.commands.prepare import phantom
+
+    phantom(kind=kind, cases=cases, size=SIZE, seed=0, fractions="0.6,0.2,0.2", out=out, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def polyps(tmp_path_factory) -> Path:
+    """A prepared dataset of 24 endoscopy phantoms of 32 pixels, two classes."""
+    return _prepare(tmp_path_factory.mktemp("polyps") / "polyps", "endoscopy", 24)
+
+
+@pytest.fixture(scope="session")
+def organs(tmp_path_factory) -> Path:
+    """A prepared dataset of 15 organ phantoms of 32 pixels, four classes."""
+    return _prepare(tmp_path_factory.mktemp("organs") / "organs", "organs", 15)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(polyps) -> Callable[..., Any]:
+    """Make a recipe that trains in a second; dotted keys change it, ``tiny_recipe({"train.steps": 4})``."""
+    from sdseg_cli.core.recipe import recipe_from_values
+
+    base = {
+        "name": "tiny",
+        "data": {"dataset": str(polyps), "image_size": SIZE},
+        "model": {
+            "image_encoder": "kl",
+            "image_encoder_channels": [32, 32, 32, 32],
+            "image_encoder_blocks": 1,
+            "image_encoder_dropout": 0.0,
+            "unet_channels": [32, 32],
+            "unet_blocks": 1,
+            "unet_heads": 4,
+            "unet_attention_strides": [2],
+            "unet_dropout": 0.0,
+        },
+        "train": {
+            "steps": 2,
+            "batch_size": 4,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "ema_decay": 0.9,
+            "validate_every": 1000,
+            "checkpoint_every": 1000,
+            "log_every": 1,
+            "validation_cases": 2,
+            "trackers": [],
+        },
+    }
+
+    def make(changes: Mapping[str, Any] | None = None) -> Any:
+        values: dict[str, Any] = copy.deepcopy(base)
+        for dotted, value in (changes or {}).items():
+            *sections, last = dotted.split(".")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        return recipe_from_values(values)
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch) -> Callable[..., Any]:
+    """Train a recipe into a folder: ``trained(recipe, root)`` gives its run, records and losses."""
+    from accelerate.state import AcceleratorState
+
+    from sdseg_cli.core.engine import training
+    from sdseg_cli.core.engine.training_records import StepRecord, Validated
+    from sdseg_cli.core.run_directory import RunDirectory
+
+    # The curves take twice as long as all the rest; tests of the command draw them.
+    monkeypatch.setattr(training, "training_curves", lambda metrics, path: None)
+
+    def run_training(recipe: Any, root: Path, *, resume: bool = False) -> SimpleNamespace:
+        AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise
+        prepared = training.Training(recipe, device="cpu")
+        run = RunDirectory.open(root) if resume else RunDirectory.create(root, recipe)
+        records = list(prepared.run(run, resume=resume))
+        return SimpleNamespace(
+            run=run,
+            records=records,
+            losses=[record.loss for record in records if isinstance(record, StepRecord)],
+            validated=[record for record in records if isinstance(record, Validated)],
+            finished=records[-1],
+        )
+
+    return run_training
