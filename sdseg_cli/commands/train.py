@@ -20,6 +20,7 @@ from sdseg_cli.commands._options import (
 )
 
 if TYPE_CHECKING:
+    from sdseg_cli.core.engine.training import Training
     from sdseg_cli.core.engine.training_records import Finished, Record
     from sdseg_cli.core.recipe import Recipe
     from sdseg_cli.core.run_directory import RunDirectory
@@ -99,7 +100,7 @@ def train(
     """
     from sdseg_cli.core.errors import UsageError
     from sdseg_cli.core.recipe import load_recipe
-    from sdseg_cli.core.run_directory import RunDirectory
+    from sdseg_cli.core.run_directory import RunDirectory, refuse_taken
 
     if (recipe is None) == (resume is None):
         raise UsageError("give either --recipe (a new run) or --resume RUN (an interrupted one).")
@@ -113,14 +114,17 @@ def train(
         return
     _check_dataset(chosen)
     if resume is None:
+        if out is not None and console.is_main_process():
+            refuse_taken(out, overwrite=overwrite)
+        training = _prepared(chosen, device)
         run = _create_run(out, chosen, overwrite)
     with run.lock() if console.is_main_process() else nullcontext():
-        if resume is not None and console.is_main_process():
-            run.write_recipe(chosen)
+        if resume is not None:
+            training = _prepared(chosen, device)
+            if console.is_main_process():
+                run.write_recipe(chosen)
         console.say(f"run {run.root} (recipe {chosen.name}); Ctrl-C saves and stops")
-        with console.working("loading the networks"):
-            from sdseg_cli.core.engine.training import train as run_training
-        finished = _show(run_training(chosen, run, resume=resume is not None, device=device), chosen)
+        finished = _show(training.run(run, resume=resume is not None), chosen)
     if as_json:
         console.show_json(
             {
@@ -168,6 +172,14 @@ def _check_dataset(recipe: Recipe) -> None:
     PreparedDataset.open(recipe.data.dataset)
 
 
+def _prepared(recipe: Recipe, device: str) -> Training:
+    """Build the networks; what cannot be had is refused here, before a run directory is made or changed."""
+    with console.working("loading the networks"):
+        from sdseg_cli.core.engine.training import Training
+
+        return Training(recipe, device=device)
+
+
 def _create_run(out: Path | None, recipe: Recipe, overwrite: bool) -> RunDirectory:
     """Make the run directory once: with several processes the main one makes it and tells the others."""
     from sdseg_cli.core.run_directory import RunDirectory
@@ -198,7 +210,7 @@ def _show(records: object, recipe: Recipe) -> Finished:
     )
 
     stream = cast("Iterator[Record]", records)
-    with console.working("preparing networks and data"):
+    with console.working("preparing the data"):
         started = next(stream)
     if not isinstance(started, Started):
         raise TypeError(f"the first record is {type(started).__name__}, expected Started")

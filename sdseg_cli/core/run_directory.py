@@ -346,6 +346,18 @@ class RunDirectory:
         found = self.all_checkpoints()
         return found[-1] if found else None
 
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written; the caller holds the lock.
+
+        A model that was being replaced at that moment takes its place again.
+        """
+        for place in (self.root, self.checkpoints):
+            for path in place.glob(".*"):
+                if path.suffix == ".old" and (path / "model_index.json").is_file() and not self.has_model:
+                    path.replace(self.model)
+                elif path.suffix in (".partial", ".old"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the lock ends with the process, however it ends.
@@ -424,7 +436,12 @@ def _new_folder(runs_root: Path, name: str) -> Path:
     raise UsageError(f"{runs_root / stem} exists a thousand times. Choose a folder with --out.")
 
 
-def _claim(path: Path, overwrite: bool) -> Path:
+def refuse_taken(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a new run may not take: one that holds anything but a run, or a run still in use.
+
+    Raises:
+        UsageError: says whose it is and what to do.
+    """
     run = RunDirectory(path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a folder for the run. Choose another --out.")
@@ -440,6 +457,13 @@ def _claim(path: Path, overwrite: bool) -> Path:
                 "replace it with --overwrite, or choose another --out."
             )
         with run.lock():
+            pass
+
+
+def _claim(path: Path, overwrite: bool) -> Path:
+    refuse_taken(path, overwrite=overwrite)
+    if path.is_dir() and any(path.iterdir()):
+        with RunDirectory(path).lock():
             for entry in path.iterdir():
                 if entry.name.startswith(".lock"):
                     continue
@@ -522,9 +546,9 @@ def resolve_model(model: str | None, runs_root: Path = RUNS_ROOT) -> ModelRefere
         return _reference_in(path)
     if path.suffix.lower() in _WEIGHT_FILES or path.is_file():
         raise UsageError(
-            f"--model {model} is a single file. Checkpoint files, the official ones among them, "
-            "cannot be read yet; expected a run directory, a model folder (with model_index.json) or a hub "
-            "id (owner/name)."
+            f"--model {model} is a single file; expected a run directory, a model folder (with "
+            "model_index.json) or a hub id (owner/name). An official checkpoint becomes a model folder with: "
+            f"sdseg convert {model} --out MODEL_FOLDER"
         )
     is_path = model.startswith((".", "/", "~")) or Path(path.parts[0] if path.parts else ".").exists()
     if _HUB_ID.fullmatch(model) and not is_path:

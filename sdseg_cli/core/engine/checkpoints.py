@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.errors import ModelError, SdsegError
 from sdseg_cli.core.files import sha256_of
 from sdseg_cli.core.run_directory import RunDirectory, atomic_folder, atomic_write
 
 _MANIFEST = "manifest.json"
+_AVERAGES = "averages.safetensors"
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Progress:
         validations_without_improvement: since then.
         trained_seconds: time spent, over all sessions of the run.
         latent_scale: what latents are multiplied by.
+        pending_losses: sums of the losses since the last line of the metrics, which the next one continues.
+        pending_samples: images that went into them, over all processes.
     """
 
     step: int = 0
@@ -37,16 +43,19 @@ class Progress:
     validations_without_improvement: int = 0
     trained_seconds: float = 0.0
     latent_scale: float = 1.0
+    pending_losses: list[float] = field(default_factory=list)
+    pending_samples: int = 0
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     run: RunDirectory,
     progress: Progress,
+    averages: EMAModel | None,
     *,
     keep: int,
     fingerprint: str,
-    wait: Callable[[], None],
+    processes: Processes,
 ) -> Path:
     """Save a checkpoint under its final name only when it is whole, then drop the oldest ones.
 
@@ -58,34 +67,44 @@ def save_checkpoint(
     final = run.checkpoint(progress.step)
     shared = run.checkpoints / f".step-{progress.step:06d}.partial"
     failure: Exception | None = None
-    if accelerator.is_main_process:
-        shutil.rmtree(shared, ignore_errors=True)
-        shared.mkdir(parents=True, exist_ok=True)
-    wait()
     try:
-        accelerator.save_state(str(shared), safe_serialization=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = error
-    wait()
-    if accelerator.is_main_process and failure is None:
+        if processes.is_main:
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir(parents=True, exist_ok=True)
+        processes.wait()
         try:
-            _publish(shared, final, progress, fingerprint)
-        except OSError as error:
+            accelerator.save_state(str(shared), safe_serialization=True)
+            if processes.is_main and averages is not None:
+                _save_averages(averages, shared / _AVERAGES)
+        except (OSError, RuntimeError, SafetensorError) as error:
             failure = error
-    if accelerator.is_main_process:
-        shutil.rmtree(shared, ignore_errors=True)
-    wait()
-    if failure is not None:
+        failed = processes.any(failure is not None)
+        if processes.is_main and not failed:
+            try:
+                _publish(shared, final, progress, fingerprint)
+            except OSError as error:
+                failure = error
+        failed = processes.any(failure is not None)
+    finally:
+        if processes.is_main:
+            shutil.rmtree(shared, ignore_errors=True)
+    if failed:
         last = run.latest_checkpoint()
         kept = f"The last whole checkpoint is {last}." if last else "There is no earlier checkpoint."
         raise SdsegError(
-            f"checkpoint {final} could not be written: {failure}. {kept} "
+            f"checkpoint {final} could not be written: {failure or 'another process failed'}. {kept} "
             f"Free space on the disk of {run.root}, then continue with: sdseg train --resume {run.root}"
         ) from failure
-    if accelerator.is_main_process:
+    if processes.is_main:
         for old in run.all_checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _save_averages(averages: EMAModel, path: Path) -> None:
+    save_file(
+        {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(averages.shadow_params)}, path
+    )
 
 
 def _publish(shared: Path, final: Path, progress: Progress, fingerprint: str) -> None:
@@ -100,7 +119,9 @@ def _publish(shared: Path, final: Path, progress: Progress, fingerprint: str) ->
         atomic_write(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def load_checkpoint(accelerator: Accelerator, run: RunDirectory, *, fingerprint: str) -> Progress | None:
+def load_checkpoint(
+    accelerator: Accelerator, run: RunDirectory, averages: EMAModel | None, *, fingerprint: str
+) -> Progress | None:
     """Load the newest checkpoint into what was prepared; None if the run has none yet.
 
     Raises:
@@ -115,15 +136,26 @@ def load_checkpoint(accelerator: Accelerator, run: RunDirectory, *, fingerprint:
             f"checkpoint {checkpoint} was trained on another dataset (fingerprint "
             f"{manifest['dataset'][:12]}, now {fingerprint[:12]}). Restore the dataset, or start a new run."
         )
-    accelerator.load_state(str(checkpoint))
-    return Progress(**manifest["progress"])
+    progress = Progress(**manifest["progress"])
+    try:
+        accelerator.load_state(str(checkpoint))  # its pickles are read with weights_only
+        saved = load_file(checkpoint / _AVERAGES) if averages is not None else {}
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        raise ModelError(
+            f"checkpoint {checkpoint} does not fit the run's recipe: {str(error).strip().splitlines()[0]} "
+            f"Restore {run.recipe_file} as it was, or start a new run."
+        ) from error
+    if averages is not None:
+        averages.shadow_params = [saved[name] for name in sorted(saved)]
+        averages.optimization_step = progress.step  # one update per optimizer step
+    return progress
 
 
 def _verify(run: RunDirectory, checkpoint: Path) -> dict:
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         problem = _altered(checkpoint, manifest)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = str(error)
     if problem:
         good = next((c for c in reversed(run.all_checkpoints()[:-1]) if _is_whole(c)), None)
@@ -137,7 +169,9 @@ def _verify(run: RunDirectory, checkpoint: Path) -> dict:
 
 
 def _altered(checkpoint: Path, manifest: dict) -> str:
-    """Name the first file that is not as it was written, or give ""."""
+    """Name the first file that is not as it was written, or give ""; a manifest of another form raises."""
+    Progress(**manifest["progress"])
+    str.encode(manifest["dataset"])
     for name, expected in manifest["files"].items():
         found = sha256_of(checkpoint / name)
         if found != expected:
@@ -149,5 +183,5 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         return not _altered(checkpoint, manifest)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
 
 from sdseg_cli.core.data.augmentation import Augmentation
@@ -78,55 +79,53 @@ def make_augmentation(recipe: Recipe) -> Augmentation:
 def train(
     recipe: Recipe, run: RunDirectory, *, resume: bool = False, device: str = "auto"
 ) -> Iterator[Record]:
-    """Train a recipe into a run directory; an unread iterator trains nothing.
-
-    Args:
-        recipe: what to train.
-        run: made or opened by the caller, who holds its lock.
-        resume: continue from the run's newest checkpoint.
-        device: ``auto``, ``cpu`` or ``cuda``.
-
-    Yields:
-        Records of what happens, the same on every process; files are written by the main one.
-
-    Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
-        SdsegError: anything a user can mend; the run's status says so.
-    """
-    quiet_diffusers()
-    trainer = _Trainer(recipe, run, device)
-    with graceful_stop() as stop:
-        try:
-            yield from trainer.run(stop, resume=resume)
-        except torch.OutOfMemoryError as error:
-            trainer.mark("failed")
-            raise OutOfMemoryError(_out_of_memory_message(recipe)) from error
-        except Interrupted:
-            trainer.mark("interrupted")
-            raise
-        except SdsegError:
-            trainer.mark("failed")
-            raise
-        finally:
-            trainer.accelerator.end_training()
+    """Train a recipe into a run directory; an unread iterator trains nothing. See :class:`Training`."""
+    yield from Training(recipe, device=device).run(run, resume=resume)
 
 
 def _out_of_memory_message(recipe: Recipe) -> str:
     settings = recipe.train
+    more = range(settings.gradient_accumulation + 1, settings.batch_size + 1)
+    parts = next((count for count in more if settings.batch_size % count == 0), None)
+    remedies = []
+    if parts is not None:
+        remedies.append(f"--set train.gradient_accumulation={parts}")
+    if not settings.gradient_checkpointing:
+        remedies.append("--set train.gradient_checkpointing=true")
     return (
         "the device's memory does not hold a part of "
         f"{settings.batch_size // settings.gradient_accumulation} images (train.batch_size "
         f"{settings.batch_size} in {settings.gradient_accumulation} parts). "
-        f"Try --set train.gradient_accumulation={settings.gradient_accumulation * 2}"
-        + ("" if settings.gradient_checkpointing else " or --set train.gradient_checkpointing=true")
-        + "; neither changes what is learnt."
+        + (
+            f"Try {' or '.join(remedies)}; neither changes what is learnt."
+            if remedies
+            else "Use smaller networks (model.unet_channels, model.image_encoder) or smaller images."
+        )
     )
 
 
-class _Trainer:
-    def __init__(self, recipe: Recipe, run: RunDirectory, device: str) -> None:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the machine's memory ran out; PyTorch says the latter in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+class Training:
+    """A training that can begin: device, dataset and weights are at hand, networks and optimizer built.
+
+    Args:
+        recipe: what to train.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        SdsegError: whatever is known to be wrong before the first step, so that no run directory need be made
+            for a training that cannot begin.
+    """
+
+    directory: RunDirectory
+
+    def __init__(self, recipe: Recipe, *, device: str = "auto") -> None:
+        quiet_diffusers()
         self.recipe = recipe
-        self.directory = run
         chosen = choose_device(device)
         self.precision = choose_precision(recipe.train.precision, chosen)
         self.processes = Processes(cpu=chosen.type == "cpu")
@@ -136,7 +135,7 @@ class _Trainer:
             mixed_precision="no" if self.precision == "fp32" else self.precision,
             cpu=chosen.type == "cpu",
             log_with=list(recipe.train.trackers) or None,
-            project_dir=str(run.root),
+            project_dir=".",  # nothing is written before the run directory takes its place
         )
         self.device = self.accelerator.device
         self.dataset = PreparedDataset.open(recipe.data.dataset)
@@ -160,14 +159,43 @@ class _Trainer:
             weight_decay=recipe.train.weight_decay,
         )
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        if self.ema is not None:
-            self.accelerator.register_for_checkpointing(self.ema)
         self.progress = Progress()
+        self._totals = _Totals(self.accelerator)
         self._started = time.monotonic()
 
     # The course of a run --------------------------------------------------------------------------
 
-    def run(self, stop: Stop, *, resume: bool) -> Iterator[Record]:
+    def run(self, run: RunDirectory, *, resume: bool = False) -> Iterator[Record]:
+        """Train into a run directory.
+
+        Args:
+            run: made or opened by the caller, who holds its lock.
+            resume: continue from the run's newest checkpoint.
+
+        Yields:
+            Records of what happens, the same on every process; files are written by the main one.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+            SdsegError: anything a user can mend; the run's status says so.
+        """
+        self.directory = run
+        self.accelerator.project_configuration = ProjectConfiguration(str(run.root))
+        try:
+            with graceful_stop() as stop:
+                yield from self._run(stop, resume=resume)
+        except Interrupted:
+            self._mark("interrupted")
+            raise
+        except Exception as error:
+            self._mark("failed")
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(_out_of_memory_message(self.recipe)) from error
+            raise
+        finally:
+            self.accelerator.end_training()
+
+    def _run(self, stop: Stop, *, resume: bool) -> Iterator[Record]:
         settings = self.recipe.train
         self._begin(resume)
         yield Started(
@@ -179,13 +207,12 @@ class _Trainer:
             self.progress.latent_scale,
         )
         reason = "steps"
-        totals = _Totals(self.accelerator)
         for step, parts in self._steps():
-            self._train_step(step, parts, totals)
+            self._train_step(step, parts)
             self.progress.step = step
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
-                yield self._log(totals)
+                yield self._log()
             out_of_time = self.processes.any(0 < settings.max_minutes * 60 <= self._seconds())
             if step % settings.validate_every == 0 or last or out_of_time:
                 yield self._validate()
@@ -213,15 +240,17 @@ class _Trainer:
         loaded = None
         if resume:
             fingerprint = self.manifest.fingerprint
-            loaded = load_checkpoint(self.accelerator, self.directory, fingerprint=fingerprint)
+            loaded = load_checkpoint(self.accelerator, self.directory, self.ema, fingerprint=fingerprint)
         if loaded is not None:
             self.progress = loaded
+            self._totals.go_on(loaded.pending_losses, loaded.pending_samples)
         else:
             self.progress.latent_scale = self._latent_scale()
         if self.ema is not None:
             self.ema.to(self.device)
         if self.processes.is_main:
             if resume:
+                self.directory.remove_leftovers()
                 self.directory.drop_metrics_after(self.progress.step)
             self.directory.validation.mkdir(exist_ok=True)
             self.directory.write_run_json(
@@ -264,7 +293,7 @@ class _Trainer:
             number,
         )
 
-    def mark(self, status: str) -> None:
+    def _mark(self, status: str) -> None:
         if self.processes.is_main:
             # A full disk must not hide the error that is being told.
             with contextlib.suppress(OSError):
@@ -312,7 +341,7 @@ class _Trainer:
         for step in range(self.progress.step + 1, settings.steps + 1):
             yield step, (next(stream) for _ in range(settings.gradient_accumulation))
 
-    def _train_step(self, step: int, parts: Iterator[dict[str, torch.Tensor]], totals: _Totals) -> None:
+    def _train_step(self, step: int, parts: Iterator[dict[str, torch.Tensor]]) -> None:
         settings = self.recipe.train
         # Dropout is the only draw left to the global generator; seeded here, it does not depend on what
         # came before, and a resumed run needs no saved state of it.
@@ -325,7 +354,7 @@ class _Trainer:
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
                 losses = self._losses({k: v.to(self.device, non_blocking=True) for k, v in part.items()})
                 self.accelerator.backward(losses["loss"] / settings.gradient_accumulation)
-            totals.add(losses, len(part["image"]))
+            self._totals.add(losses, len(part["image"]))
         if settings.gradient_clip > 0:
             self.accelerator.clip_grad_norm_(self.prepared.parameters(), settings.gradient_clip)
         self.optimizer.step()
@@ -366,8 +395,8 @@ class _Trainer:
 
     # Between steps --------------------------------------------------------------------------------
 
-    def _log(self, totals: _Totals) -> StepRecord:
-        means, rate = totals.take()
+    def _log(self) -> StepRecord:
+        means, rate = self._totals.take()
         step = self.progress.step
         if not math.isfinite(means["loss"]):
             last = self.directory.latest_checkpoint()
@@ -424,13 +453,15 @@ class _Trainer:
 
     def _checkpoint(self) -> Checkpointed:
         self.progress.trained_seconds = self._seconds()
+        self.progress.pending_losses, self.progress.pending_samples = self._totals.pending()
         folder = save_checkpoint(
             self.accelerator,
             self.directory,
             self.progress,
+            self.ema,
             keep=self.recipe.train.keep_checkpoints,
             fingerprint=self.manifest.fingerprint,
-            wait=self.processes.wait,
+            processes=self.processes,
         )
         return Checkpointed(self.progress.step, folder)
 
@@ -501,18 +532,30 @@ class _Totals:
 
     def _reset(self) -> None:
         self._sums = torch.zeros(len(self._NAMES), device=self._accelerator.device)
-        self._parts, self._samples, self._since = 0, 0, time.monotonic()
+        self._samples, self._samples_before, self._since = 0, 0, time.monotonic()
+
+    def go_on(self, sums: list[float], samples: int) -> None:
+        """Continue what :meth:`pending` gave when the run was left."""
+        self._reset()
+        if samples:
+            self._sums += torch.tensor(sums, device=self._sums.device) / self._accelerator.num_processes
+            self._samples_before = samples
 
     def add(self, losses: dict[str, torch.Tensor], samples: int) -> None:
         zero = torch.zeros((), device=self._sums.device)
-        self._sums += torch.stack([losses.get(name, zero).detach().float() for name in self._NAMES])
-        self._parts += 1
+        found = torch.stack([losses.get(name, zero).detach().float() for name in self._NAMES])
+        self._sums += found * samples
         self._samples += samples
+
+    def pending(self) -> tuple[list[float], int]:
+        """Give the sums over all processes and the images that are in them."""
+        sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
+        return sums, self._samples * self._accelerator.num_processes + self._samples_before
 
     def take(self) -> tuple[dict[str, float], float]:
         """Give the means over processes and parts, and images per second; start anew."""
-        sums = self._accelerator.reduce(self._sums, reduction="sum") / self._accelerator.num_processes
-        means = dict(zip(self._NAMES, (sums / max(1, self._parts)).tolist(), strict=True))
+        sums, samples = self.pending()
+        means = {name: total / max(1, samples) for name, total in zip(self._NAMES, sums, strict=True)}
         seconds = time.monotonic() - self._since
         rate = self._samples * self._accelerator.num_processes / max(seconds, 1e-9)
         self._reset()
