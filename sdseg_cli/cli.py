@@ -32,6 +32,7 @@ COMMANDS = {
     "predict": "Segment a folder of images.",
     "evaluate": "Score predictions against ground truth.",
     "stability": "Repeat predictions from different noise and compare them.",
+    "convert": "Turn a published checkpoint into a model folder.",
     "autoencoder": "Train the small autoencoder of the masks.",
     "demo": "All of it on made-up data, on a CPU, in minutes.",
 }

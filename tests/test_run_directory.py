@@ -248,10 +248,7 @@ def test_a_model_is_found_by_run_name_run_folder_model_folder_and_hub_id(tmp_pat
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            "model.ckpt",
-            "is a single file. Checkpoint files, the official ones among them, cannot be read yet",
-        ),
+        ("model.ckpt", "becomes a model folder with: sdseg convert model.ckpt --out"),
         ("runs/frist", "does not exist. Did you mean runs/first?"),
         ("runs/empty", "holds neither a run"),
         ("runs/unfinished", "has no exported model yet. Continue it with: sdseg train --resume"),

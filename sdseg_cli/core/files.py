@@ -56,6 +56,7 @@ def whole_folder(path: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            make_shared(file)
             _flush(file)
         temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes private folders
         refuse_existing(path, overwrite=overwrite, ours=ours)
@@ -95,6 +96,12 @@ def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
         raise UsageError(
             f"{path}: the folder exists already. Pass --overwrite to replace it, or choose another --out."
         )
+
+
+def make_shared(path: Path) -> None:
+    """Give a file the permissions of an ordinary new one: safetensors makes files for their owner alone."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
 
 
 def sha256_of(path: Path) -> str:

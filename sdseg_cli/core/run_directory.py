@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 
 from sdseg_cli import __version__
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import write_whole
+from sdseg_cli.core.files import make_shared, write_whole
 
 if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
@@ -83,6 +83,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         shutil.copymode(path.parent, temporary)  # mkdtemp makes private folders
         for file in temporary.rglob("*"):
+            make_shared(file)
             _flush(file)
         _flush(temporary)
         if path.exists():

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, Union
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -26,6 +26,7 @@ from sdseg_cli.core.model.unet import SDSegUNet
 
 _Module = TypeVar("_Module", bound=nn.Module)
 State = Mapping[str, torch.Tensor]
+Published: TypeAlias = Union[SDSegPipeline, SDSegUNet, AutoencoderKL]  # noqa: UP007  (diffusers is opaque)
 Weights = Literal["ema", "raw"]
 Kind = Literal["sdseg", "ldm", "autoencoder"]
 
@@ -49,6 +50,16 @@ _SCHEDULE = {
     "posterior_mean_coef2",
     "lvlb_weights",
     "logvar",
+}
+_OPTIONS: Mapping[str, set[str]] = {
+    "sdseg": {"weights", "heads", "image_size", "classes"},
+    "ldm": {"weights", "heads", "conditioning_channels"},
+    "autoencoder": set(),
+}
+_KIND_NAMES = {
+    "sdseg": "an official SDSeg checkpoint",
+    "ldm": "a latent-diffusion U-Net",
+    "autoencoder": "a KL autoencoder",
 }
 _TRAINING_ONLY = "loss."  # discriminator and perceptual network of an autoencoder's training
 _ALPHA_TOLERANCE = 1e-6
@@ -531,21 +542,35 @@ def kl_autoencoder_from(state: State) -> AutoencoderKL:
     return autoencoder_from(_without_training(state))
 
 
-def load_official(path: Path, **options: object) -> SDSegPipeline:
-    """Read an official SDSeg checkpoint; the options are those of :func:`sdseg_from`.
+def load_published(path: Path, options: Mapping[str, Any] | None = None) -> Published:
+    """Read a published checkpoint of any kind that sdseg knows.
+
+    Args:
+        path: the file.
+        options: of the kind that the file turns out to be: those of :func:`sdseg_from` or
+            :func:`ldm_unet_from`; an autoencoder has none.
+
+    Returns:
+        A pipeline, a U-Net to start training from, or an autoencoder; in float32.
 
     Raises:
-        ModelError: it cannot be read, or is no official SDSeg checkpoint; the message names the file.
+        ModelError: it cannot be read or converted; the message names the file.
+        UsageError: an option contradicts the weights, or is not one of this kind's.
     """
     state = read_state_dict(path)
+    options = dict(options or {})
     try:
         kind = recognise(state)
-        pipeline = sdseg_from(state, **options) if kind == "sdseg" else None  # type: ignore[arg-type]
+        if strangers := sorted(set(options) - _OPTIONS[kind]):
+            flags = ", ".join("--" + name.replace("_", "-") for name in strangers)
+            raise UsageError(f"{path} is {_KIND_NAMES[kind]}, to which {flags} does not apply. Leave it out.")
+        if kind == "sdseg":
+            return sdseg_from(state, **options)
+        if kind == "ldm":
+            return ldm_unet_from(state, **options)
+        return kl_autoencoder_from(state)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    if pipeline is None:
-        raise ModelError(f"{path} holds the weights of a start for training ({kind}), not of a model.")
-    return pipeline
 
 
 def _unet_state(state: State, weights: Weights) -> State:

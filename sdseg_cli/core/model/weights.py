@@ -83,6 +83,35 @@ def _load(location: str, what: str, key: str) -> Autoencoder:
     return network
 
 
+def load_published_autoencoder(location: str) -> AutoencoderKL:
+    """Load the autoencoder of a diffusers model, such as Stable Diffusion's ``vae``, in float32.
+
+    Args:
+        location: a folder or hub id, of a whole model or of an autoencoder alone.
+
+    Raises:
+        ModelError: there is none; the message names the place.
+    """
+    quiet_diffusers()
+    is_folder = Path(location).is_dir()
+    subfolders = [None] if is_folder and not (Path(location) / "vae").is_dir() else ["vae", None]
+    problems = []
+    for subfolder in subfolders:
+        try:
+            network, found = AutoencoderKL.from_pretrained(
+                location, subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
+            )
+            _refuse_partial(found["missing_keys"], found["unexpected_keys"])
+        except _LOAD_FAILURES as error:
+            problems.append(f"{subfolder or 'itself'}: {_reason(error)}")
+        else:
+            return network.eval().requires_grad_(False)
+    raise ModelError(
+        f"{location} holds no KL autoencoder that can be read ({'; '.join(problems)}). Expected a checkpoint "
+        "file, or the folder or hub id of a diffusers model with a vae."
+    )
+
+
 def _refuse_partial(missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raise a ValueError where a file does not hold exactly a network's tensors."""
     missing, unexpected = sorted(missing), sorted(unexpected)
