@@ -155,13 +155,14 @@ def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetw
     """Bytes that one image's backward pass keeps, counted on the meta device, where nothing is computed."""
     twin = copy.deepcopy(network).to("meta").train()
     twin._frozen = [copy.deepcopy(encoder).to("meta") for encoder in network._frozen]
-    own = {id(parameter) for parameter in twin.parameters()}
+    # By their storage: a linear layer keeps a transposed view of its weights.
+    own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
             alive.append(tensor)  # a freed storage's address would be used again
         return tensor
