@@ -21,6 +21,7 @@ from sdseg_cli.core.model.losses import diffusion_loss
 from sdseg_cli.core.model.official import (
     EncoderShape,
     UNetShape,
+    encoder_shape,
     load_published,
     sdseg_from,
     unet_from,
@@ -139,6 +140,35 @@ def test_a_unet_comes_back_from_the_official_names(heads, classes):
     assert back.config["num_class_embeds"] == classes
     for name, value in unet.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "shape", "read"),
+    [
+        (
+            lambda: SDSegUNet(),
+            official._unet_layers,
+            UNetShape(4, 4, (192, 384, 384, 768, 768), 2, (True,) * 4 + (False,), None),
+            unet_shape,
+        ),
+        (
+            lambda: KLImageEncoder(),
+            official._image_encoder_layers,
+            EncoderShape((128, 256, 512, 512), 2, 8),
+            encoder_shape,
+        ),
+    ],
+    ids=["unet", "image encoder"],
+)
+def test_every_tensor_of_the_papers_networks_has_an_official_name_and_tells_their_shape(
+    network, layers, shape, read
+):
+    with torch.device("meta"):
+        own = network()
+        state = exported(own, layers(shape), heads=8)
+        assert read(state) == shape
+    assert set(dict(official._sources(layers(shape), own.state_dict()))) == set(own.state_dict())
+    assert sum(value.numel() for value in state.values()) == own.num_parameters()
 
 
 def test_a_pipeline_takes_everything_from_the_checkpoint():
