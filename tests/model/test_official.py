@@ -146,13 +146,13 @@ def test_a_unet_comes_back_from_the_official_names(heads, classes):
     ("network", "layers", "shape", "read"),
     [
         (
-            lambda: SDSegUNet(),
+            SDSegUNet,
             official._unet_layers,
             UNetShape(4, 4, (192, 384, 384, 768, 768), 2, (True,) * 4 + (False,), None),
             unet_shape,
         ),
         (
-            lambda: KLImageEncoder(),
+            KLImageEncoder,
             official._image_encoder_layers,
             EncoderShape((128, 256, 512, 512), 2, 8),
             encoder_shape,
