@@ -27,7 +27,6 @@ from sdseg_cli.core.model.weights import load_pipeline
 from sdseg_cli.core.recipe import recipe_keys
 from sdseg_cli.core.recipe_schema import Recipe, refusals
 
-TIMED = ("seconds", "samples_per_second", "memory_gib")
 TIMM = {
     "model.image_encoder": "timm:test_efficientnet_gn",
     "model.image_encoder_channels": [128, 256, 512, 512],
@@ -633,29 +632,6 @@ RESUMED = {
 }
 
 
-def state_of(run) -> dict[str, Any]:
-    """Everything a run arrived at, times excepted: weights, averages, optimizer, metrics, exported model."""
-    checkpoint = run.latest_checkpoint()
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    return {
-        "step": checkpoint.name,
-        "weights": _digest([checkpoint / "model.safetensors"]),
-        "averages": _digest(sorted(checkpoint.glob("averages*"))),
-        "optimizer": {
-            (index, name): hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
-            for index, state in optimizer["state"].items()
-            for name, value in state.items()
-        },
-        "rates": [group["lr"] for group in optimizer["param_groups"]],
-        "metrics": [
-            {key: value for key, value in record.items() if key not in TIMED} for record in run.read_metrics()
-        ],
-        "model": _digest(sorted(run.model.rglob("*.safetensors"))),
-        "best": run.read_run_json()["best"],
-        "pictures": _digest(sorted(run.validation.iterdir())),
-    }
-
-
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, dict]:
     return {}
@@ -672,7 +648,7 @@ def uninterrupted() -> dict[str, dict]:
     ],
 )
 def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
-    stop_at, networks, number, uninterrupted, organs, tiny_recipe, trained, tmp_path, monkeypatch
+    stop_at, networks, number, uninterrupted, organs, tiny_recipe, trained, tmp_path, monkeypatch, state_of
 ):
     changes = {
         "kl": {"model.image_encoder_dropout": 0.2},
@@ -708,7 +684,9 @@ def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
 
 
 @pytest.mark.faults
-def test_a_run_stopped_at_every_step_equals_an_uninterrupted_one(tiny_recipe, trained, tmp_path, monkeypatch):
+def test_a_run_stopped_at_every_step_equals_an_uninterrupted_one(
+    tiny_recipe, trained, tmp_path, monkeypatch, state_of
+):
     recipe = tiny_recipe({**RESUMED, "train.log_every": 4})
     whole = state_of(trained(recipe, tmp_path / "whole").run)
     rate = training.learning_rate_at
