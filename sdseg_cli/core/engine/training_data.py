@@ -6,6 +6,7 @@ processes, loader workers or accumulated parts, and whether or not the run was i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,12 +155,16 @@ def make_loader(samples: TrainingSamples, batches: StepBatches, *, workers: int,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with the training process
+    # A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is answered by the training process, which
+    # still needs its batches to end its step; it ends the workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def present_masks(split: Sequence[PreparedSlice], *, class_conditional: bool) -> Iterator[np.ndarray]:
