@@ -4,8 +4,7 @@
 # make docs   docs/recipes.md, from the schema
 #
 # Each makes $(VENV) and installs what it needs, once. Another Python: make test PYTHON=python3.12
-# CPU-only torch (a much smaller download):
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Options for pip (an index with CPU-only torch makes a much smaller download): make demo PIP_ARGS="..."
 
 PYTHON ?= python3
 VENV ?= .venv

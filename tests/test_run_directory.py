@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import atomic_folder
 from sdseg_cli.core.recipe import recipe_from_values
 from sdseg_cli.core.run_directory import (
     RunDirectory,
     all_runs,
-    atomic_folder,
     atomic_write,
     newest_finished_run,
     resolve_model,

@@ -19,12 +19,12 @@ _HELD_OUT = 256
 
 def autoencoder(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the autoencoder.")],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 2400,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 1600,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Masks per step.")] = 16,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=1e-7, max=0.1, help="Peak of the cosine schedule.")
     ] = 2e-3,
-    masks: Annotated[int, typer.Option("--masks", min=16, help="Generated masks to train on.")] = 3000,
+    masks: Annotated[int, typer.Option("--masks", min=16, help="Generated masks to train on.")] = 2000,
     size: Annotated[int, typer.Option("--size", min=64, max=1024, help="Side of the generated masks.")] = 256,
     crop: Annotated[int, typer.Option("--crop", min=32, help="Side of the crops trained on.")] = 128,
     data: Annotated[

@@ -39,6 +39,37 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 @contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes its name, replacing it, when the block ends well.
+
+    Every file is flushed to the disk before the renaming. When the block fails, ``path`` is as it was and
+    nothing is left beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".partial", dir=path.parent))
+    retired = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes private folders
+        for file in temporary.rglob("*"):
+            make_shared(file)
+            _flush(file)
+        _flush(temporary)
+        if path.exists():
+            path.replace(retired)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if retired.exists():
+                retired.replace(path)
+            raise
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def whole_folder(path: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its name when the block ends well.
 
@@ -51,26 +82,9 @@ def whole_folder(path: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
         UsageError: ``path`` exists and may not be replaced.
     """
     refuse_existing(path, overwrite=overwrite, ours=ours)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".partial", dir=path.parent))
-    try:
+    with atomic_folder(path) as temporary:
         yield temporary
-        for file in temporary.rglob("*"):
-            make_shared(file)
-            _flush(file)
-        temporary.chmod(0o777 & ~_UMASK)  # mkdtemp makes private folders
-        refuse_existing(path, overwrite=overwrite, ours=ours)
-        if path.exists():
-            # Renamed away first: at every moment there is a whole folder, old or new, on the disk.
-            retired = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".old", dir=path.parent))
-            path.replace(retired / path.name)
-            temporary.replace(path)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            temporary.replace(path)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        refuse_existing(path, overwrite=overwrite, ours=ours)  # somebody may have come first
 
 
 def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:

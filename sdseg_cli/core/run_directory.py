@@ -26,7 +26,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sdseg_cli import __version__
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import make_shared, write_whole
+from sdseg_cli.core.files import write_whole
 
 if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
@@ -67,45 +66,6 @@ def atomic_write(path: Path, payload: bytes | str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, payload.encode() if isinstance(payload, str) else payload)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` that takes its name, replacing it, when the block ends well.
-
-    Every file is flushed to the disk before the renaming. When the block fails, ``path`` is as it was and
-    nothing is left beside it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".sdseg-", suffix=".partial", dir=path.parent))
-    retired = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        shutil.copymode(path.parent, temporary)  # mkdtemp makes private folders
-        for file in temporary.rglob("*"):
-            make_shared(file)
-            _flush(file)
-        _flush(temporary)
-        if path.exists():
-            path.replace(retired)
-        try:
-            temporary.replace(path)
-        except OSError:
-            if retired.exists():
-                retired.replace(path)
-            raise
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

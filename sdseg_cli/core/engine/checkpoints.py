@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.errors import ModelError, SdsegError
-from sdseg_cli.core.files import sha256_of
-from sdseg_cli.core.run_directory import RunDirectory, atomic_folder, atomic_write
+from sdseg_cli.core.files import atomic_folder, sha256_of
+from sdseg_cli.core.run_directory import RunDirectory, atomic_write
 
 _MANIFEST = "manifest.json"
 _AVERAGES = "averages.safetensors"
@@ -140,7 +139,7 @@ def load_checkpoint(
     try:
         accelerator.load_state(str(checkpoint))  # its pickles are read with weights_only
         saved = load_file(checkpoint / _AVERAGES) if averages is not None else {}
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # each reader has a family of its own for a file that does not fit
         raise ModelError(
             f"checkpoint {checkpoint} does not fit the run's recipe: {str(error).strip().splitlines()[0]} "
             f"Restore {run.recipe_file} as it was, or start a new run."

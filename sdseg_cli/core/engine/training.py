@@ -49,12 +49,13 @@ from sdseg_cli.core.engine.training_records import (
 )
 from sdseg_cli.core.engine.validation import Validation, validate
 from sdseg_cli.core.errors import Interrupted, OutOfMemoryError, SdsegError, UsageError
+from sdseg_cli.core.files import atomic_folder
 from sdseg_cli.core.model.latents import decode_scores, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
 from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.reporting.figures import training_curves
-from sdseg_cli.core.run_directory import RunDirectory, atomic_folder
+from sdseg_cli.core.run_directory import RunDirectory
 from sdseg_cli.core.seeding import derive_seed
 
 _SCALE_SAMPLE = 1024  # slices at most that the latents' scale is measured on
