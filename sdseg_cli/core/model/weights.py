@@ -35,7 +35,8 @@ def quiet_diffusers() -> None:
     """Keep diffusers' progress bars and advice off the screen; what fails still raises."""
     diffusers_logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     diffusers_logging.disable_progress_bar()
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # the latter tells of every retry
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def builtin_autoencoder_folder() -> Path:
@@ -71,6 +72,9 @@ def _load(location: str, what: str, key: str) -> Autoencoder:
         "AutoencoderKL": AutoencoderKL,
         "MaskAutoencoder": MaskAutoencoder,
     }
+    expected = "config.json and diffusion_pytorch_model.safetensors"
+    if location.startswith((".", "/", "~")) and not Path(location).exists():
+        raise _missing(location, what, key, expected)  # a path: the hub is not asked
     try:
         config = AutoencoderKL.load_config(location)
         kind = classes.get(str(config.get("_class_name")), AutoencoderKL)
@@ -78,7 +82,6 @@ def _load(location: str, what: str, key: str) -> Autoencoder:
         # The library fills what a file lacks with whatever is in the memory, and says nothing.
         _refuse_partial(found["missing_keys"], found["unexpected_keys"])
     except _LOAD_FAILURES as error:
-        expected = "config.json and diffusion_pytorch_model.safetensors"
         raise _missing(location, what, key, expected, _reason(error)) from error
     return network
 
