@@ -55,12 +55,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             make_shared(file)
             _flush(file)
         _flush(temporary)
-        if path.exists():
-            path.replace(retired)
         try:
+            if path.exists():
+                path.replace(retired)
             temporary.replace(path)
-        except OSError:
-            if retired.exists():
+        except BaseException:  # a signal between the two renames must not cost the old folder either
+            if retired.exists() and not path.exists():
                 retired.replace(path)
             raise
         _flush(path.parent)

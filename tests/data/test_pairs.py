@@ -72,11 +72,12 @@ def test_subfolders_become_part_of_the_case_id(tmp_path):
 
 @pytest.mark.faults
 def test_two_files_with_one_case_id_are_named(tmp_path):
-    names = ["p/a.png", "p__a.png"]
+    names = ["b.png", "p/a.png", "p__a.png"]
     pairs = pair_folders(*folders(tmp_path, names, names))
-    assert [problem.reason for problem in pairs.problems] == [
-        "two files lead to this case id; rename one of them"
+    assert [(problem.case_id, problem.reason) for problem in pairs.problems] == [
+        ("p__a", "2 images lead to this case id; rename them")
     ]
+    assert ids(pairs) == ["b"], "what is listed as bad is not prepared as well"
 
 
 def test_a_mask_suffix_is_taken_off(tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -323,6 +324,39 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
     assert len(PreparedDataset.open(tmp_path / "out").split("train")) == 4
 
 
+@pytest.mark.faults
+def test_an_interruption_between_the_two_renames_keeps_the_old_dataset(tmp_path, monkeypatch):
+    cases = drawn_cases()
+    run(cases, tmp_path / "out")
+    before = everything_in(tmp_path)
+    replace = Path.replace
+
+    def interrupted(self, target):
+        if self.suffix == ".partial" and self.is_dir() and target.name == "out":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(cases, tmp_path / "out", overwrite=True)
+    assert everything_in(tmp_path) == before
+    assert len(PreparedDataset.open(tmp_path / "out").split("train")) == 4
+
+
+@pytest.mark.faults
+def test_a_sheet_is_drawn_though_all_the_cases_chosen_for_it_are_bad(tmp_path, monkeypatch, files):
+    monkeypatch.setattr("sdseg_cli.core.data.preparation._evenly", lambda _split: frozenset({"0"}))
+    (files / "images" / "0.png").write_bytes(b"")
+    shown = []
+
+    def draw_sheet(items):
+        shown.extend(items)
+        return np.zeros((4, 5, 3), np.uint8)
+
+    run(pairs_of(files), tmp_path / "out", exclude_bad=True, draw_sheet=draw_sheet)
+    assert len(shown) == 1
+
+
 # Opening
 
 
@@ -330,7 +364,7 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
 def test_opening_nothing_says_how_to_make_it(tmp_path):
     with pytest.raises(DataError, match=r"kseg: not a prepared .* no such folder.*sdseg prepare kseg"):
         PreparedDataset.open(tmp_path / "kseg")
-    with pytest.raises(DataError, match=r"the folder has no dataset\.json"):
+    with pytest.raises(DataError, match=r"no dataset\.json\. Give the folder that .* --out FOLDER$"):
         PreparedDataset.open(tmp_path)
 
 

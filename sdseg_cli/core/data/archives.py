@@ -216,7 +216,7 @@ def _not_plain(archive: Path, name: str) -> DataError:
 def _damaged(archive: Path, error: Exception) -> DataError:
     return DataError(
         f"{archive}: the archive is damaged or cut short ({str(error) or type(error).__name__}). "
-        "Fetch it again; nothing was kept."
+        "Delete it and fetch it again; nothing was unpacked."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ class Pairs:
 
     Attributes:
         cases: the pairs, in natural order of their ids; not read yet.
-        problems: images without a mask, masks without an image, names that fit twice.
+        problems: images without a mask, masks without an image, names that fit twice or give one case id.
     """
 
     cases: tuple[RawCase, ...]
@@ -83,7 +84,13 @@ def pair_folders(
     if not cases:
         raise DataError(_nothing_fits(images, masks, image_stems, mask_files))
     cases.sort(key=lambda case: natural_key(case.case_id))
-    return Pairs(tuple(cases), tuple(problems + _doubled(cases)))
+    counts = Counter(case.case_id for case in cases)
+    problems += [
+        Problem(case_id, f"{count} images lead to this case id; rename them")
+        for case_id, count in counts.items()
+        if count > 1
+    ]
+    return Pairs(tuple(case for case in cases if counts[case.case_id] == 1), tuple(problems))
 
 
 def group_by_pattern(pattern: str) -> Callable[[str], str]:
@@ -147,16 +154,6 @@ def _case(
     )
     group = case_id if group_of is None else group_of(case_id)
     return RawCase(case_id, group, image, mask, image_name=names[0], label_name=names[1])
-
-
-def _doubled(cases: Sequence[RawCase]) -> list[Problem]:
-    seen: set[str] = set()
-    doubled = []
-    for case in cases:
-        if case.case_id in seen:
-            doubled.append(Problem(case.case_id, "two files lead to this case id; rename one of them"))
-        seen.add(case.case_id)
-    return doubled
 
 
 def _nothing_fits(

@@ -187,7 +187,9 @@ def prepare(
                     continue
                 tables.add(name, result.row)
                 gathered.add(name, result)
-                if result.row["case_id"] in sheet_ids and draw_sheet is not None:
+                # The chosen cases may all be bad ones; a sheet shows one case at least.
+                is_shown = result.row["case_id"] in sheet_ids or not gathered.sheet
+                if is_shown and draw_sheet is not None:
                     gathered.sheet.append(_sheet_item(name, result, geometry))
                 yield CaseRecord(
                     result.row["case_id"], name, "", *result.shape, result.class_pixels, result.notes

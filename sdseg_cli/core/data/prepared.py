@@ -227,7 +227,11 @@ def _remedy(root: Path) -> str:
     known = {"kseg", "cvc", "phantom"}
     benchmark = next((name for name in known if root.name == name), None)
     command = f"prepare {benchmark}" if benchmark else "prepare kseg|cvc|folder|phantom"
-    return f"Make it with: sdseg {command} --out {root}" + (" --overwrite" if root.exists() else "")
+    if (root / MANIFEST_FILE).is_file():
+        return f"Make it with: sdseg {command} --out {root} --overwrite"
+    if root.exists():  # somebody's files, which prepare would not replace
+        return f"Give the folder that sdseg prepare made, or make one: sdseg {command} --out FOLDER"
+    return f"Make it with: sdseg {command} --out {root}"
 
 
 def _load_split(root: Path, name: str) -> Any:
