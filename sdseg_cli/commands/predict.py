@@ -34,6 +34,7 @@ from sdseg_cli.core.engine.prediction import (
     prepare_folder,
     readable,
     refuse_existing,
+    remove_outputs,
     split_existing,
     summary_rows,
     write_summary,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from sdseg_cli.core.engine.processes import Processes
 
 SETTINGS_FILE = "prediction.json"
+# What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
+MASK_SETTINGS = ("model", "model_of", "seed", "num_inference_steps", "num_samples", "threshold")
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
 
 EXAMPLES = """
@@ -136,6 +139,7 @@ def predict(
             {"seed": seed, "batch_size": batch_size, **sampling},
             device=device.value,
             precision=precision.value,
+            overwrite=overwrite,
         )
 
 
@@ -157,6 +161,7 @@ class _Session:
         self.settings = settings
         self.as_json = as_json
         self.started = time.monotonic()
+        self.has_summary = True
         self.classes: tuple[str, ...] = ("background",)
 
     def run(
@@ -167,6 +172,7 @@ class _Session:
         *,
         device: str,
         precision: str,
+        overwrite: bool,
     ) -> None:
         """Predict this process's share; the main process reports for all."""
         with console.working("loading the model"):
@@ -176,6 +182,8 @@ class _Session:
             processes = Processes(cpu=device == "cpu")
             predictor = load_predictor(reference, device=device, precision=precision, **options)
         self.classes = tuple(predictor.classes)
+        if overwrite and processes.is_main:
+            remove_outputs(todo)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
@@ -209,6 +217,7 @@ class _Session:
             write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
             self._write_settings("finished" if stop is None else "stopped")
         except OSError as error:
+            self.has_summary = False
             console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
             for record in self.records:
                 if record.status == "done":
@@ -229,16 +238,19 @@ class _Session:
             console.warn(f"and {len(failed) - MOST_LISTED} more, see {SUMMARY_FILE}")
         rate = f", {len(done) / seconds:.1f} a second" if done else ""
         left = len(self.tasks) - len(self.records)
+        summary = f" and {SUMMARY_FILE}" if self.has_summary else ""
         words = [f"{len(done)} of {_count(self.tasks)} done in {seconds:.1f} s{rate}"]
         words += [f"{len(failed)} failed"] if failed else []
         words += [f"{left} not reached"] if left else []
-        console.say("; ".join(words) + f". Masks and {SUMMARY_FILE}: {readable(self.out)}")
+        console.say("; ".join(words) + f". Masks{summary}: {readable(self.out)}")
 
     def _leave(self) -> None:
-        """Leave with 3 if some cases failed, with 1 if all did."""
+        """Leave with 3 if some cases failed, with 1 if all did or the summary could not be written."""
         failed = sum(record.status == "failed" for record in self.records)
+        if failed == len(self.tasks) or not self.has_summary:
+            raise typer.Exit(1)
         if failed:
-            raise typer.Exit(1 if failed == len(self.tasks) else 3)
+            raise typer.Exit(3)
 
     def _as_json(self, seconds: float) -> dict[str, Any]:
         counts = {
@@ -281,9 +293,14 @@ def _refuse_other_settings(out: Path, settings: dict[str, Any], done: Sequence[P
         before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    names = [name for name, value in settings.items() if name in before and before[name] != value]
+    if not isinstance(before, dict):
+        return
+    names = [name for name in MASK_SETTINGS if before.get(name) != settings.get(name)]
     if done and names:
-        found = ", ".join(f"{name} {before[name]} (now {settings[name]})" for name in names)
+        unset = "as the model has it"
+        found = ", ".join(
+            f"{name} {before.get(name, unset)} (now {settings.get(name, unset)})" for name in names
+        )
         raise UsageError(
             f"the masks in {readable(out)} were made with {found}. Completing them would mix two results: "
             "repeat the earlier settings, pass --overwrite, or choose another --out."

@@ -174,6 +174,28 @@ def test_skip_existing_refuses_to_mix_two_settings(scans, tmp_path, model, made)
     predict(scans=[scans], out=tmp_path / "masks", model=model)
     with pytest.raises(UsageError, match=r"made with seed 0 \(now 1\)"):
         predict(scans=[scans], out=tmp_path / "masks", model=model, seed=1, skip_existing=True)
+    with pytest.raises(UsageError, match=r"made with threshold as the model has it \(now 0\.25\)"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model, threshold=0.25, skip_existing=True)
+    predict(scans=[scans], out=tmp_path / "masks", model=model, threshold=0.25, overwrite=True)
+    with pytest.raises(UsageError, match=r"made with threshold 0\.25 \(now as the model has it\)"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model, skip_existing=True)
+
+
+@pytest.mark.faults
+def test_an_interrupted_replacement_leaves_no_mask_of_before_to_be_taken_for_a_new_one(
+    scans, tmp_path, model, made, monkeypatch
+):
+    out = tmp_path / "masks"
+    predict(scans=[scans], out=out, model=model)
+
+    def stop(*arguments, **options):
+        raise DataError("stopped")
+
+    monkeypatch.setattr(BrightIsForeground, "__call__", stop)
+    with pytest.raises(DataError, match="stopped"):
+        predict(scans=[scans], out=out, model=model, seed=1, overwrite=True)
+    monkeypatch.undo()
+    assert list(out.glob("*.png")) == []
 
 
 @pytest.mark.faults
@@ -231,7 +253,7 @@ def test_a_disk_too_full_for_the_summary_lists_what_was_done_on_the_screen(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("sdseg_cli.commands.predict.write_summary", full)
-    predict(scans=[scans], out=tmp_path / "masks", model=model)
+    assert exit_code(scans=[scans], out=tmp_path / "masks", model=model) == 1
     message = capfd.readouterr().err
     assert "summary.csv cannot be written (No space left on device)" in message
     assert all(name in message for name in ("a.png", "b.jpg", "c.bmp"))

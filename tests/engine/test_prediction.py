@@ -247,8 +247,22 @@ def test_a_folder_without_images_is_a_usage_error_that_mentions_recursive(scans,
 @pytest.mark.faults
 def test_the_image_folder_as_output_folder_is_refused(scans):
     halves().save(scans / "a.png")
+    for recursive in (False, True):
+        with pytest.raises(UsageError, match=r"is the folder of the images.*scans/masks for instance"):
+            plan_predictions([scans], scans, recursive=recursive)
+
+
+@pytest.mark.faults
+def test_a_mask_that_would_fall_onto_its_image_is_refused(scans):
+    halves().save(scans / "a.png")
     with pytest.raises(UsageError, match=r"onto the input .*a\.png"):
-        plan_predictions([scans], scans)
+        plan_predictions([scans / "a.png"], scans)
+
+
+def test_the_output_folder_may_lie_above_the_images(scans):
+    halves().save(scans / "a.png")
+    (task,) = plan_predictions([scans], scans.parent, recursive=True)
+    assert task.mask == scans.parent / "a.png"
 
 
 @pytest.mark.faults

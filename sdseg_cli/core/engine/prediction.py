@@ -179,6 +179,18 @@ def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:
         )
 
 
+def remove_outputs(tasks: Iterable[PredictionTask]) -> None:
+    """Remove what is to be replaced, all of it before the first new mask is written.
+
+    Otherwise an interrupted replacement leaves masks of two models side by side, and those of the old one
+    would count as done when it goes on.
+    """
+    for task in tasks:
+        for path in task.outputs:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                path.unlink()
+
+
 def prepare_folder(out: Path) -> None:
     """Make the output folder and see that it can be written to, before any model is loaded."""
     try:
@@ -210,8 +222,13 @@ def _find_images(scans: Sequence[Path], out: Path, *, recursive: bool) -> list[t
     found: list[tuple[Path, Path]] = []
     for scan in scans:
         if scan.is_dir():
+            if scan.resolve() == out.resolve():
+                raise UsageError(
+                    f"{readable(out)} is the folder of the images; masks in it would be taken for images the "
+                    f"next time. Choose another --out, {readable(out / 'masks')} for instance."
+                )
             inside = list_images(scan, recursive=recursive)
-            if recursive:
+            if recursive and _is_inside(out, scan):
                 inside = [path for path in inside if not _is_inside(path, out)]
             if not inside:
                 hint = "" if recursive else " directly in it; pass --recursive to look into its subfolders"
