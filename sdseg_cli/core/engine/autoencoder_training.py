@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,10 @@ from sdseg_cli.core.model.latents import Autoencoder, decode_latents, posterior
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.seeding import derive_seed, generator_for
 
-_POOL_CHUNK = 64
+_CHUNK = 64  # masks at a time
+_CHUNK_OF_KL = (
+    4  # a KL autoencoder keeps 128 channels in full resolution, about 1 GiB for these at 256 pixels
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,6 @@ def train_mask_autoencoder(
     device: torch.device,
     report_every: int = 50,
     max_latent_noise: float = 0.75,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[AutoencoderStep]:
     """Train in place; an unread iterator trains nothing.
 
@@ -86,7 +88,6 @@ def train_mask_autoencoder(
         device: where to train.
         report_every: steps between two reports.
         max_latent_noise: see above.
-        should_stop: asked after every step.
 
     Yields:
         A report every ``report_every`` steps and after the last one.
@@ -117,13 +118,10 @@ def train_mask_autoencoder(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        stop = should_stop()
-        if step % report_every == 0 or step == steps or stop:
+        if step % report_every == 0 or step == steps:
             rate = step * batch_size / (time.monotonic() - started)
             yield AutoencoderStep(step, float(np.mean(losses)), rate)
             losses.clear()
-        if stop:
-            break
     autoencoder.eval()
     autoencoder.register_to_config(scaling_factor=measure_scale(autoencoder, masks[:256], device=device))
 
@@ -157,7 +155,7 @@ def _batch(masks: Sequence[np.ndarray], size: int, crop: int, generator: torch.G
 def measure_scale(autoencoder: Autoencoder, masks: Sequence[np.ndarray], *, device: torch.device) -> float:
     """Measure 1 / standard deviation of the latents (LDM's scaling factor) over masks (S, S) in {0, 1}."""
     total, squares, count = 0.0, 0.0, 0
-    for chunk in _chunks(masks):
+    for chunk in _chunks(masks, autoencoder):
         latents = posterior(autoencoder, chunk.to(device)).mode().double()
         total += latents.sum().item()
         squares += latents.square().sum().item()
@@ -190,7 +188,7 @@ def reconstruction_dice(
     scores: list[float] = []
     scale = measure_scale(autoencoder, masks[:64], device=device) if latent_noise else 1.0
     filled = [mask for mask in masks if mask.any()]
-    for index, chunk in enumerate(_chunks(filled)):
+    for index, chunk in enumerate(_chunks(filled, autoencoder)):
         truth = chunk.to(device)
         latents = posterior(autoencoder, truth).mode()
         if latent_noise:
@@ -204,7 +202,7 @@ def reconstruction_dice(
     return np.asarray(scores)
 
 
-def _chunks(masks: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-    for start in range(0, len(masks), _POOL_CHUNK):
-        stacked = np.stack([masks[i] for i in range(start, min(len(masks), start + _POOL_CHUNK))])
-        yield torch.from_numpy(stacked).float().unsqueeze(1)
+def _chunks(masks: Sequence[np.ndarray], autoencoder: Autoencoder) -> Iterator[torch.Tensor]:
+    size = _CHUNK if isinstance(autoencoder, MaskAutoencoder) else _CHUNK_OF_KL
+    for start in range(0, len(masks), size):
+        yield torch.from_numpy(np.stack(masks[start : start + size])).float().unsqueeze(1)
