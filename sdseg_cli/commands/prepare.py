@@ -47,7 +47,10 @@ ExcludeOption = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing prepared dataset.")]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Processes.", show_default="one per core")
+    int | None,
+    typer.Option(
+        min=1, max=256, help="Processes.", show_default="one per core, at most 16; one for few cases"
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Another seed, another draw.")]
 
@@ -351,6 +354,7 @@ def _prepare_benchmark(
     if not file.is_file():
         words = ", ".join(benchmark.splits)
         raise UsageError(f"--split {split}: no such split file; expected {words} or the path of a file.")
+    say(f"{benchmark.title}: {benchmark.licence}")
     with _opened(given, out, sha256=benchmark.sha256 if source is None else None) as raw:
         assert raw is not None  # noqa: S101  (a source was given)
         if raw.sha256 is not None and (source is None or benchmark.sha256 is None):

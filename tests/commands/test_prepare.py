@@ -132,6 +132,7 @@ def test_prepare_cvc_offers_the_paper_split_with_a_warning_and_the_honest_one(sd
     options = ["--source", source, "--size", 32, "--workers", 1]
     code, _, messages = sdseg("prepare", "cvc", *options, "--out", tmp_path / "paper")
     assert code == 0, messages
+    assert "CVC-ClinicDB: Research and education only" in messages
     assert "puts frames of 29 video sequences into several splits" in messages
     code, _, messages = sdseg("prepare", "cvc", *options, "--out", tmp_path / "seq", "--split", "sequence")
     assert code == 0, messages

@@ -369,6 +369,22 @@ def test_two_classes_refuse_numbers_that_mean_nothing(tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("channels", [1, 3])
+def test_two_classes_refuse_a_photograph_unless_a_threshold_is_given(tmp_path, channels):
+    photograph = np.random.default_rng(0).integers(0, 256, (32, 32, channels), np.uint8)
+    file = save(tmp_path / "m.png", photograph.squeeze())
+    with pytest.raises(DataError, match=r"m\.png: looks like a picture, .*images and masks are not swapped"):
+        read_label_map(file, num_classes=2)
+    assert set(np.unique(read_label_map(file, threshold=127))) == {0, 1}
+
+
+def test_a_mask_with_blurred_edges_is_no_photograph(tmp_path):
+    ramp = np.concatenate([np.zeros(60), np.linspace(0, 255, 40), np.full(60, 255)]).astype(np.uint8)
+    file = save(tmp_path / "m.png", np.tile(ramp, (20, 1)))
+    assert read_label_map(file, num_classes=2).sum() == 20 * 80
+
+
+@pytest.mark.faults
 def test_unknown_classes_are_listed(tmp_path):
     file = save(tmp_path / "m.png", np.array([[0, 3, 9]], np.uint8))
     with pytest.raises(DataError, match=r"m\.png: unexpected mask values 3, 9; expected 0 to 2"):

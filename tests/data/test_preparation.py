@@ -260,6 +260,19 @@ def test_a_mask_on_the_stored_grid_of_a_turned_image_is_explained(tmp_path, file
 
 
 @pytest.mark.faults
+def test_a_turned_image_whose_mask_carries_no_tag_is_told(tmp_path, files):
+    exif = Image.Exif()
+    exif[274] = 3
+    for name in ("images/0.png", "images/1.png", "masks/1.png"):
+        Image.open(files / name).save(files / name, exif=exif)
+    records = {record.case_id: record.notes for record in run(pairs_of(files), tmp_path / "out")}
+    assert records["1"] == ("EXIF orientation 3 applied",)
+    assert records["0"][1:] == (
+        "turned by its EXIF orientation, its mask is not: taken as drawn on the turned image",
+    )
+
+
+@pytest.mark.faults
 def test_a_file_that_vanishes_is_a_bad_case(tmp_path, files):
     cases = pairs_of(files)
     (files / "masks" / "3.png").unlink()

@@ -40,6 +40,10 @@ _FORMATS: dict[str, frozenset[str]] = {
     ".dib": frozenset({"BMP", "DIB"}),
 }
 _ORIENTATION_TAG = 274
+# A binary mask with more pixels and values than these in the middle half of its range is none: blurred edges
+# and the noise of JPEG stay far below.
+_PICTURE_SHARE = 0.25
+_PICTURE_VALUES = 32
 
 # MAX_PIXELS refuses with an error where Pillow warns; a filter set once is safe with threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -149,6 +153,15 @@ def read_label_map(
     limit = 256 if num_classes is None else num_classes
     _refuse_unknown(path, values, known=range(limit))
     return values.astype(np.uint8)
+
+
+def read_orientation(path: str | Path) -> int:
+    """Read the EXIF orientation of an image file, 1 to 8; 1 where it has none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    return _decode(Path(path)).orientation
 
 
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
@@ -511,7 +524,20 @@ def _binary(path: Path, values: np.ndarray, *, is_index: bool, is_jpeg: bool) ->
             f"{path}: unexpected mask values {_listing(np.unique(values))}; expected 0 and 1, or 0 and 255. "
             "Say what they mean with --threshold or --label-values."
         )
+    _refuse_pictures(path, values, half)
     return (values > half).astype(np.uint8)
+
+
+def _refuse_pictures(path: Path, values: np.ndarray, half: int) -> None:
+    """A photograph has a dark and a bright half as well: images and masks are easily swapped."""
+    between = values[(values > half // 2) & (values < half + half // 2)]
+    share = between.size / max(1, values.size)
+    if share > _PICTURE_SHARE and len(np.unique(between)) > _PICTURE_VALUES:
+        raise DataError(
+            f"{path}: looks like a picture, not like a mask: {share:.0%} of its pixels are neither dark nor "
+            "bright; expected two values. Check that images and masks are not swapped, or give --threshold "
+            "if only brightness matters."
+        )
 
 
 def _refuse_unknown(path: Path, values: np.ndarray, known: range | Mapping[int, int]) -> None:

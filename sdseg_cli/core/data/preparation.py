@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdseg_cli import __version__
-from sdseg_cli.core.data.images import encode_png, read_image, read_label_map
+from sdseg_cli.core.data.images import encode_png, read_image, read_label_map, read_orientation
 from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest, decode_png
 from sdseg_cli.core.data.splits import Split, split_to_yaml
 from sdseg_cli.core.errors import DataError, SdsegError
@@ -276,7 +276,11 @@ def _read_pair(case: RawCase, geometry: Geometry) -> tuple[np.ndarray, np.ndarra
             f"mask {case.label_path.name} is {label_map.shape[1]}x{label_map.shape[0]} pixels, image "
             f"{case.image_path.name} is {width}x{height}; both must be the same.{hint}"
         )
-    return loaded.pixels, label_map, loaded.notes
+    notes = loaded.notes
+    if loaded.orientation != 1 and read_orientation(case.label_path) != loaded.orientation:
+        # Drawn on the upright image, most likely; where it was not, only the contact sheet can tell.
+        notes += ("turned by its EXIF orientation, its mask is not: taken as drawn on the turned image",)
+    return loaded.pixels, label_map, notes
 
 
 def _check_arrays(image: np.ndarray, label_map: np.ndarray, num_classes: int) -> None:
