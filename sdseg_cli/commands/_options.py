@@ -140,7 +140,7 @@ ThresholdOption = Annotated[
         "--threshold",
         min=0.0,
         max=1.0,
-        help="Probability from which a pixel is foreground. Default: the recipe's.",
+        help="Probability above which a pixel is foreground. Default: the recipe's.",
         show_default=False,
     ),
 ]
@@ -149,7 +149,7 @@ BatchSizeOption = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Slices at once. Default: as many as fit.",
+        help="Slices at once; fewer where the memory is short. Default: by device.",
         show_default=False,
     ),
 ]
