@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from sdseg_cli.core.model.latents import (
     decode_latents,
+    decode_logits,
     decode_scores,
     posterior,
     sample_latents,
@@ -87,3 +88,36 @@ def test_a_half_precision_autoencoder_gives_float32_scores():
     with torch.no_grad():
         assert posterior(autoencoder, MASKS).mean.dtype == torch.bfloat16
         assert decode_scores(autoencoder, torch.randn(2, 4, 4, 4), 1.0).dtype == torch.float32
+
+
+# Log-odds for the loss on pixels
+
+
+def test_log_odds_of_the_mask_autoencoder_are_its_logits():
+    autoencoder, latents = tiny_mask(), torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        logits = decode_logits(autoencoder, latents, 0.5)
+        assert torch.equal(logits, autoencoder.decode_logits(latents / 0.5))
+        assert torch.allclose(logits.sigmoid(), decode_latents(autoencoder, latents, 0.5), atol=1e-6)
+
+
+def test_log_odds_of_a_kl_autoencoder_are_those_of_its_probabilities_inside_its_range():
+    autoencoder, latents = tiny_kl(), torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        autoencoder.decoder.conv_out.weight.mul_(0.5)
+        assert decode_scores(autoencoder, latents, 1.0).abs().max() < 0.99
+        logits = decode_logits(autoencoder, latents, 1.0)
+        assert torch.allclose(logits.sigmoid(), decode_latents(autoencoder, latents, 1.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("autoencoder", [tiny_kl(), tiny_mask()], ids=["kl", "mask"])
+def test_log_odds_keep_a_gradient_where_the_mask_is_certain(autoencoder):
+    last = autoencoder.decoder.conv_out if isinstance(autoencoder, AutoencoderKL) else autoencoder.decoder[-2]
+    with torch.no_grad():
+        last.bias.fill_(20.0)  # inside the mask, whatever the latent says
+    latents = torch.randn(2, 4, 4, 4, requires_grad=True)
+    logits = decode_logits(autoencoder, latents, 1.0)
+    assert logits.min() > 15
+    logits.sum().backward()
+    assert torch.isfinite(latents.grad).all()
+    assert (latents.grad != 0).any()

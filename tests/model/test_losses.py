@@ -96,22 +96,24 @@ def test_dice_is_the_mean_over_the_foreground_classes():
 
 def test_an_empty_mask_predicted_empty_costs_nothing_and_a_false_alarm_does():
     truth = torch.zeros(1, 1, 4, 4)
-    assert pixel_loss(torch.full((1, 1, 4, 4), -1.0), truth).item() < 1e-2
-    assert pixel_loss(torch.full((1, 1, 4, 4), 0.5), truth).item() > 1
+    assert pixel_loss(torch.full((1, 1, 4, 4), -10.0), truth).item() < 1e-2
+    assert pixel_loss(torch.full((1, 1, 4, 4), 1.0), truth).item() > 1
 
 
-def test_pixel_loss_reads_scores_as_tanh_of_half_a_logit():
-    # score 0.5 is probability 0.75: CE = -ln 0.75; Dice = 1 - (2 * 3 + 1) / (3 + 4 + 1).
-    scores, truth = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2)
-    assert pixel_loss(scores, truth).item() == pytest.approx(-math.log(0.75) + 1 - 7 / 8, abs=1e-5)
+def test_pixel_loss_reads_log_odds():
+    # log-odds ln 3 are probability 0.75: CE = -ln 0.75; Dice = 1 - (2 * 3 + 1) / (3 + 4 + 1).
+    logits, truth = torch.full((1, 1, 2, 2), math.log(3)), torch.ones(1, 1, 2, 2)
+    assert pixel_loss(logits, truth).item() == pytest.approx(-math.log(0.75) + 1 - 7 / 8, abs=1e-5)
 
 
-def test_pixel_loss_is_finite_with_a_finite_gradient_beyond_the_decoders_range():
-    scores = torch.tensor([-5.0, -1.0, 1.0, 5.0]).view(1, 1, 2, 2).requires_grad_()
-    loss = pixel_loss(scores, torch.ones(1, 1, 2, 2))
+def test_a_pixel_that_is_certain_and_wrong_has_the_largest_gradient():
+    logits = torch.tensor([-40.0, -1.0, 1.0, 40.0]).view(1, 1, 2, 2).requires_grad_()
+    loss = pixel_loss(logits, torch.ones(1, 1, 2, 2))
     loss.sum().backward()
+    gradient = logits.grad.flatten().abs()
     assert torch.isfinite(loss).all()
-    assert torch.isfinite(scores.grad).all()
+    assert gradient[0] >= 0.25  # of the cross-entropy, one of four pixels
+    assert gradient[3] < 1e-6
 
 
 def test_every_sample_has_its_own_loss():

@@ -19,6 +19,7 @@ from sdseg_cli.core.engine.networks import (
     build_networks,
     check_dataset,
     count_parameters,
+    predicts_noise,
 )
 from sdseg_cli.core.engine.training_data import present_masks
 from sdseg_cli.core.model.latents import spatial_factor
@@ -88,7 +89,7 @@ def examine(recipe: Recipe, *, device: str = "auto") -> DryRun:
         DataError: the dataset is missing or does not match the recipe.
     """
     chosen = choose_device(device)
-    precision = choose_precision(recipe.train.precision, chosen)
+    precision = choose_precision(recipe.train.precision, chosen, predicts_noise=predicts_noise(recipe))
     dataset = PreparedDataset.open(recipe.data.dataset)
     check_dataset(recipe, dataset.manifest)
     networks = build_networks(recipe, dataset.manifest.num_classes)

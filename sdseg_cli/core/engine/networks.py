@@ -9,14 +9,19 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from sdseg_cli.core.data.prepared import DatasetManifest
-from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder
 from sdseg_cli.core.model.latents import Autoencoder
 from sdseg_cli.core.model.pipeline import SDSegPipeline
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
-from sdseg_cli.core.model.weights import build_image_encoder, build_unet, load_autoencoder
+from sdseg_cli.core.model.weights import (
+    build_image_encoder,
+    build_plain_unet,
+    build_unet,
+    load_autoencoder,
+)
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.seeding import derive_seed
 
@@ -56,8 +61,7 @@ def build_networks(recipe: Recipe, num_classes: int) -> Networks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("networks", recipe.train.seed))
         if objective.diffusion == "off":
-            name = model.image_encoder.removeprefix("timm:")
-            return Networks(PlainUNet(name, num_classes), None, None, None)
+            return Networks(build_plain_unet(model.image_encoder, num_classes), None, None, None)
         autoencoder = load_autoencoder(model.autoencoder)
         latent_channels = autoencoder.config["latent_channels"]
         image_encoder = build_image_encoder(
@@ -97,6 +101,11 @@ def count_parameters(networks: Networks) -> dict[str, int]:
         for name, part in parts.items()
         if part is not None
     }
+
+
+def predicts_noise(recipe: Recipe) -> bool:
+    """Whether the U-Net's answer is the noise, whose error one step magnifies."""
+    return recipe.objective.diffusion == "on" and recipe.objective.prediction == "epsilon"
 
 
 class TrainableNetwork(nn.Module):
@@ -144,11 +153,26 @@ def _recompute_activations(networks: Networks) -> None:
     if isinstance(networks.unet, SDSegUNet):
         networks.unet.enable_gradient_checkpointing()
     else:
-        networks.unet.network.encoder.model.set_grad_checkpointing(True)
+        _recompute_backbone(networks.unet.network.encoder.model)
     if isinstance(networks.image_encoder, KLImageEncoder):
         networks.image_encoder.enable_gradient_checkpointing()
     elif networks.image_encoder is not None:
-        networks.image_encoder.backbone.set_grad_checkpointing(True)
+        _recompute_backbone(networks.image_encoder.backbone)
+
+
+def _recompute_backbone(backbone: nn.Module) -> None:
+    # Some of timm's wrappers hand it on to the network that they wrap, others do not.
+    able = next((m for m in (backbone, *backbone.children()) if hasattr(m, "set_grad_checkpointing")), None)
+    refusal = UsageError(
+        "train.gradient_checkpointing: this backbone of timm cannot recompute its activations. Use "
+        "--set train.gradient_checkpointing=false; --set train.gradient_accumulation=N saves memory too."
+    )
+    if able is None:
+        raise refusal
+    try:
+        able.set_grad_checkpointing(True)  # type: ignore[operator]
+    except AssertionError as error:  # timm's way to say no
+        raise refusal from error
 
 
 def check_dataset(recipe: Recipe, manifest: DatasetManifest) -> None:

@@ -6,8 +6,11 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate import Accelerator
+
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.recipe import Recipe
+from sdseg_cli.core.run_directory import RunDirectory
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -22,6 +25,19 @@ def check_trackers(recipe: Recipe) -> None:
                 f"train.trackers: {name} is not installed. Install it with `pip install {name}`, or take it "
                 "out with --set train.trackers=[]."
             )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, run: RunDirectory) -> None:
+    """Start the recipe's trackers: one project named sdseg, in which this run has its directory's name."""
+    named = {
+        "wandb": {"name": run.root.name, "dir": str(run.root)},
+        "mlflow": {"run_name": run.root.name},
+    }
+    accelerator.init_trackers(
+        "sdseg",
+        config=flat_settings(recipe),
+        init_kwargs={name: named[name] for name in recipe.train.trackers if name in named},
+    )
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:

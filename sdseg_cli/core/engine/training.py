@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast
 from diffusers.training_utils import EMAModel
 
 from sdseg_cli.core.data.augmentation import Augmentation
@@ -28,10 +28,11 @@ from sdseg_cli.core.engine.networks import (
     build_networks,
     check_dataset,
     count_parameters,
+    predicts_noise,
 )
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.engine.stopping import Stop, graceful_stop
-from sdseg_cli.core.engine.trackers import check_trackers, flat_settings
+from sdseg_cli.core.engine.trackers import check_trackers, start_trackers
 from sdseg_cli.core.engine.training_data import (
     DrawSettings,
     StepBatches,
@@ -50,7 +51,7 @@ from sdseg_cli.core.engine.training_records import (
 from sdseg_cli.core.engine.validation import Validation, validate
 from sdseg_cli.core.errors import Interrupted, OutOfMemoryError, SdsegError, UsageError
 from sdseg_cli.core.files import atomic_folder
-from sdseg_cli.core.model.latents import decode_scores, posterior, sample_latents, spatial_factor
+from sdseg_cli.core.model.latents import decode_logits, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
 from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import Recipe
@@ -98,7 +99,7 @@ def _out_of_memory_message(recipe: Recipe) -> str:
         f"{settings.batch_size // settings.gradient_accumulation} images (train.batch_size "
         f"{settings.batch_size} in {settings.gradient_accumulation} parts). "
         + (
-            f"Try {' or '.join(remedies)}; neither changes what is learnt."
+            f"Try {' or '.join(remedies)}; the images of a step stay the same."
             if remedies
             else "Use smaller networks (model.unet_channels, model.image_encoder) or smaller images."
         )
@@ -128,7 +129,9 @@ class Training:
         quiet_diffusers()
         self.recipe = recipe
         chosen = choose_device(device)
-        self.precision = choose_precision(recipe.train.precision, chosen)
+        self.precision = choose_precision(
+            recipe.train.precision, chosen, predicts_noise=predicts_noise(recipe)
+        )
         self.processes = Processes(cpu=chosen.type == "cpu")
         _check_batch(recipe, self.processes.count)
         check_trackers(recipe)
@@ -181,7 +184,7 @@ class Training:
             SdsegError: anything a user can mend; the run's status says so.
         """
         self.directory = run
-        self.accelerator.project_configuration = ProjectConfiguration(str(run.root))
+        self.accelerator.project_configuration = ProjectConfiguration(str(run.root), str(run.tensorboard))
         try:
             with graceful_stop() as stop:
                 yield from self._run(stop, resume=resume)
@@ -271,7 +274,7 @@ class Training:
                 parameters=count_parameters(self.networks),
             )
         if self.recipe.train.trackers:
-            self.accelerator.init_trackers("tensorboard", config=flat_settings(self.recipe))
+            start_trackers(self.accelerator, self.recipe, self.directory)
         self._started = time.monotonic() - self.progress.trained_seconds
 
     def _finish(self, reason: str) -> None:
@@ -388,8 +391,8 @@ class Training:
         loss = objective.noise_weight * noise_loss + objective.latent_weight * latent_loss
         reported = {"noise_loss": noise_loss.detach(), "latent_loss": latent_loss.detach()}
         if objective.pixel_weight > 0:
-            scores = decode_scores(self.networks.autoencoder, parts.predicted_original, scale)
-            pixels = pixel_loss(scores, batch["mask"]).mean()
+            logits = decode_logits(self.networks.autoencoder, parts.predicted_original, scale)
+            pixels = pixel_loss(logits, batch["mask"]).mean()
             loss = loss + objective.pixel_weight * pixels
             reported["pixel_loss"] = pixels.detach()
         return {"loss": loss, **reported}
@@ -399,13 +402,7 @@ class Training:
     def _log(self) -> StepRecord:
         means, rate = self._totals.take()
         step = self.progress.step
-        if not math.isfinite(means["loss"]):
-            last = self.directory.latest_checkpoint()
-            raise SdsegError(
-                f"the loss is {means['loss']} at step {step}; training has diverged. Lower "
-                f"train.learning_rate ({self.recipe.train.learning_rate:g}) or set train.gradient_clip=1. "
-                + (f"The last checkpoint is {last}." if last else "There is no checkpoint yet.")
-            )
+        self._refuse_divergence(means["loss"])
         seconds = self._seconds()
         left = (self.recipe.train.steps - step) * self.recipe.train.batch_size / max(rate, 1e-9)
         if self.recipe.train.max_minutes > 0:
@@ -421,6 +418,16 @@ class Training:
         )
         self._record({key: value for key, value in asdict(record).items() if key != "seconds_left"})
         return record
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        last = self.directory.latest_checkpoint()
+        raise SdsegError(
+            f"the loss is {loss} at step {self.progress.step}; training has diverged. Lower "
+            f"train.learning_rate ({self.recipe.train.learning_rate:g}) or set train.gradient_clip=1. "
+            + (f"The last checkpoint is {last}." if last else "There is no checkpoint yet.")
+        )
 
     def _validate(self) -> Validated:
         started = time.monotonic()
@@ -450,11 +457,13 @@ class Training:
             training_curves(self.directory.read_metrics(), self.directory.root / "curves.png")
         self.processes.wait()
         seconds = time.monotonic() - started
+        self._totals.leave_out(seconds)
         return Validated(step, result.dice, result.dice_per_class, is_best, picture, seconds)
 
     def _checkpoint(self) -> Checkpointed:
         self.progress.trained_seconds = self._seconds()
         self.progress.pending_losses, self.progress.pending_samples = self._totals.pending()
+        self._refuse_divergence(sum(self.progress.pending_losses))  # before it replaces a good checkpoint
         folder = save_checkpoint(
             self.accelerator,
             self.directory,
@@ -464,6 +473,7 @@ class Training:
             fingerprint=self.manifest.fingerprint,
             processes=self.processes,
         )
+        self._totals.leave_out(self._seconds() - self.progress.trained_seconds)
         return Checkpointed(self.progress.step, folder)
 
     def _export(self) -> None:
@@ -477,6 +487,10 @@ class Training:
     def _averaged_weights(self) -> Iterator[None]:
         """Put the averaged weights in place, in evaluation mode; the raw ones are back afterwards."""
         parameters = self.network.averaged_parameters(self.recipe.train.ema_scope)
+        if self.processes.count > 1:
+            # BatchNorm's statistics are each process's own; scored must be those that are exported.
+            for buffer in self.network.buffers():
+                broadcast(buffer)
         self.network.eval()
         if self.ema is None:
             yield
@@ -547,6 +561,10 @@ class _Totals:
         found = torch.stack([losses.get(name, zero).detach().float() for name in self._NAMES])
         self._sums += found * samples
         self._samples += samples
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time in which nothing was trained out of the speed."""
+        self._since += seconds
 
     def pending(self) -> tuple[list[float], int]:
         """Give the sums over all processes and the images that are in them."""

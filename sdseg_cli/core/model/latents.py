@@ -16,6 +16,8 @@ from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 
 Autoencoder: TypeAlias = Union[AutoencoderKL, MaskAutoencoder]  # noqa: UP007  (diffusers is opaque to mypy)
 
+_STEEPEST = 0.99  # score beyond which the log-odds go on in a straight line
+
 
 def spatial_factor(autoencoder: Autoencoder) -> int:
     """Pixels per latent pixel and side."""
@@ -59,6 +61,26 @@ def decode_scores(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
     """
     decoded = autoencoder.decode((latents / scale).to(autoencoder.dtype)).sample
     return decoded.float().mean(dim=1, keepdim=True)
+
+
+def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float) -> torch.Tensor:
+    """Decode scaled latents to log-odds of the mask, for a loss on its pixels.
+
+    Args:
+        autoencoder: frozen.
+        latents: float, (B, C, h, w), scaled.
+        scale: what the latents were multiplied by.
+
+    Returns:
+        float32, (B, 1, H, W). Every pixel has a gradient, also one that is certain and wrong.
+    """
+    if isinstance(autoencoder, MaskAutoencoder):
+        return autoencoder.decode_logits((latents / scale).to(autoencoder.dtype)).float()
+    # A KL decoder's score is tanh(logit / 2) read backwards; it overshoots its range, where the tangent goes
+    # on: cut off there, a wrong pixel could not be mended.
+    scores = decode_scores(autoencoder, latents, scale)
+    inner = scores.clamp(-_STEEPEST, _STEEPEST)
+    return 2 * torch.atanh(inner) + 2 / (1 - _STEEPEST**2) * (scores - inner)
 
 
 def decode_latents(autoencoder: Autoencoder, latents: torch.Tensor, scale: float) -> torch.Tensor:

@@ -57,18 +57,16 @@ def diffusion_loss(
     )
 
 
-def pixel_loss(scores: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Compare decoded masks with the truth: cross-entropy plus soft Dice.
 
     Args:
-        scores: float, (B, 1, H, W), decoded, about -1 outside and 1 inside.
+        logits: float, (B, 1, H, W), log-odds of the mask.
         masks: float, (B, 1, H, W), in {0, 1}.
 
     Returns:
         float32, (B,).
     """
-    # The decoder's output is tanh(logit / 2); just inside its range the logit stays finite.
-    logits = 2 * torch.atanh(scores.float().clamp(-0.9999, 0.9999))
     return segmentation_loss(torch.cat([torch.zeros_like(logits), logits], dim=1), masks[:, 0].long())
 
 

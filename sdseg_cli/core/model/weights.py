@@ -19,6 +19,7 @@ from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder, Tim
 from sdseg_cli.core.model.latents import Autoencoder, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.pipeline import SDSegPipeline
+from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.unet import SDSegUNet
 
 _NO_DOWNLOAD = (
@@ -186,14 +187,7 @@ def build_image_encoder(
             conditioning_channels, levels, tuple(channels), blocks, dropout
         )
     else:
-        name = kind.removeprefix("timm:")
-        if not timm.is_model(name):
-            near = timm.list_models(f"*{name[:6]}*")[:5]
-            raise UsageError(
-                f"model.image_encoder: timm has no network named {name!r}"
-                + (f"; near: {', '.join(near)}" if near else "")
-                + ". timm.list_models() gives them all."
-            )
+        name = _timm_name(kind)
         try:
             encoder = TimmImageEncoder(name, conditioning_channels, levels)
         except (ValueError, RuntimeError, AttributeError, TypeError) as error:
@@ -205,6 +199,31 @@ def build_image_encoder(
     elif weights != "random":
         _load_state(encoder, weights, "model.image_encoder_weights")
     return encoder
+
+
+def build_plain_unet(kind: str, num_classes: int) -> PlainUNet:
+    """Build the baseline on the backbone ``timm:NAME``, from random weights.
+
+    Raises:
+        UsageError: an unknown backbone, or one that a U-Net cannot be built on.
+    """
+    name = _timm_name(kind)
+    try:
+        return PlainUNet(name, num_classes)
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise UsageError(f"model.image_encoder: timm:{name} cannot serve: {error}") from error
+
+
+def _timm_name(kind: str) -> str:
+    name = kind.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:5]
+        raise UsageError(
+            f"model.image_encoder: timm has no network named {name!r}"
+            + (f"; near: {', '.join(near)}" if near else "")
+            + ". timm.list_models() gives them all."
+        )
+    return name
 
 
 def _copy_encoder(autoencoder: Autoencoder, encoder: ImageEncoder) -> None:
