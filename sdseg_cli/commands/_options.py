@@ -27,7 +27,10 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """Arithmetic of the networks; ``auto`` is bf16 on a GPU that has it, else fp32."""
+    """Arithmetic of the networks; ``auto`` is bf16 on a GPU that has it, else fp32.
+
+    With a model that predicts the noise ``auto`` is always fp32.
+    """
 
     auto = "auto"
     fp32 = "fp32"

@@ -54,7 +54,7 @@ class SDSegPipeline(DiffusionPipeline):
         resize: how images are brought to that grid: ``squeeze`` (the paper) or ``pad``.
         latent_scale: what latents are multiplied by.
         noise: ``gaussian``, or ``zeros`` for a model that was trained to start from zeros.
-        training_data: what the model was trained on: dataset name, fingerprint, statistics.
+        training_data: what the model was trained on: the dataset's name and fingerprint.
     """
 
     _optional_components = ["image_encoder", "autoencoder", "scheduler"]  # noqa: RUF012  (diffusers' own form)
