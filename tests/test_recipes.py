@@ -399,6 +399,15 @@ def test_the_constructor_refuses_what_a_file_may_not_say():
         ({"objective__diffusion": "off", "objective__pixel_weight": 1}, "off needs a backbone"),
         ({**BASELINE, "model__fusion": "multiscale"}, "multiscale with diffusion: off"),
         ({**BASELINE, "objective__pixel_weight": 0}, "0 with diffusion: off, whose only loss it is"),
+        (
+            {**BASELINE, "model__image_encoder_weights": "pretrained"},
+            "model.image_encoder_weights: pretrained with diffusion: off, whose plain U-Net starts at random",
+        ),
+        (
+            {**BASELINE, "model__unet_weights": "weights/lsun"},
+            "model.unet_weights: weights/lsun with diffusion: off, whose plain U-Net starts at random",
+        ),
+        ({**BASELINE, "model__freeze_image_encoder": True}, "true with diffusion: off, which trains"),
         ({**BASELINE, "sampling__num_samples": 2}, "2 with diffusion: off: all draws would be equal"),
         (
             {**BASELINE, "sampling__num_inference_steps": 2},

@@ -40,6 +40,7 @@ _REFUSED = """\
 | `diffusion: off` with `image_encoder: kl` | there is no backbone to decode from |
 | `diffusion: off` with `fusion: multiscale` | there is no latent to join |
 | `diffusion: off` with `pixel_weight: 0` | it is the baseline's only loss |
+| `diffusion: off` with starting weights, or a frozen encoder | it starts at random and trains all |
 | `diffusion: off` with several samples or reverse steps | it is deterministic, and has none |
 | `timesteps: last` with several reverse steps | the network only ever saw the last timestep |
 | `noise: zeros` with several samples | all draws would be equal |

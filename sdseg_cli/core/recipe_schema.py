@@ -280,7 +280,9 @@ class TrainSettings(Settings):
         "unet", "Networks that are averaged: the U-Net alone (as published), or the image encoder too."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
-        "auto", "Arithmetic of the networks: `auto` = bf16 on a GPU that has it, else fp32."
+        "auto",
+        "Arithmetic of the networks: `auto` = bf16 on a GPU that has it, else fp32; always fp32 with "
+        "`prediction: epsilon`, since one step multiplies the error of a predicted noise by 38.67.",
     )
     gradient_checkpointing: bool = key(
         False, "Recompute activations in the backward pass: less memory, slower."
@@ -486,6 +488,21 @@ def _baseline_refusals(recipe: Recipe) -> list[Refusal]:
             Refusal(
                 ("objective.pixel_weight", "objective.diffusion"),
                 "0 with diffusion: off, whose only loss it is. Set pixel_weight: 1",
+            )
+        )
+    for name in ("image_encoder_weights", "unet_weights"):
+        if (weights := getattr(recipe.model, name)) != "random":
+            found.append(
+                Refusal(
+                    (f"model.{name}", "objective.diffusion"),
+                    f"{weights} with diffusion: off, whose plain U-Net starts at random. Set random",
+                )
+            )
+    if recipe.model.freeze_image_encoder:
+        found.append(
+            Refusal(
+                ("model.freeze_image_encoder", "objective.diffusion"),
+                "true with diffusion: off, which trains the whole of its plain U-Net. Set false",
             )
         )
     if recipe.sampling.num_samples > 1:
