@@ -92,7 +92,7 @@ def autoencoder(
         )
         for report in reports:
             bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
-    scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items()}
+    scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items() if part}
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         network.save_pretrained(folder)
     if as_json:
@@ -104,7 +104,8 @@ def autoencoder(
         title="Reconstruction",
         caption="latent noise: half a standard deviation of the latents",
     )
-    console.done(f"{out}. Use it with: --set model.autoencoder=./{out}")
+    here = out if out.is_absolute() else f"./{out}"
+    console.done(f"{out}. Use it with: --set model.autoencoder={here}")
 
 
 def _dataset_masks(data: Path, split: str, size: int) -> list[np.ndarray]:

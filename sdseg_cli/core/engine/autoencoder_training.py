@@ -17,9 +17,7 @@ from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.seeding import derive_seed, generator_for
 
 _CHUNK = 64  # masks at a time
-_CHUNK_OF_KL = (
-    4  # a KL autoencoder keeps 128 channels in full resolution, about 1 GiB for these at 256 pixels
-)
+_CHUNK_OF_KL = 4  # it has 128 channels at full resolution: these take about 1 GiB at 256 pixels
 
 
 @dataclass(frozen=True)
