@@ -60,9 +60,15 @@ class Model:
         return dataset
 
     def sampling(self, **given: Any) -> dict[str, Any]:
-        """Options of the predictor: as given, else as the recipe says; what neither says is left out."""
+        """Options of the predictor: as given, else as the recipe says; what neither says is left out.
+
+        Raises:
+            RecipeError: steps or samples that make no sense with what the model was trained for.
+        """
         chosen = dict(given)
         if self.recipe is not None:
+            counts = ("num_inference_steps", "num_samples")
+            self.recipe.replace({f"sampling.{name}": given[name] for name in counts if given.get(name)})
             for name, value in chosen.items():
                 if value is None and hasattr(self.recipe.sampling, name):
                     chosen[name] = getattr(self.recipe.sampling, name)

@@ -74,16 +74,6 @@ def complete_run(incomplete: str) -> list[str]:
     return [str(run.root) for run in all_runs() if str(run.root).startswith(incomplete)]
 
 
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "-r",
-        metavar="NAME|FILE",
-        help="A shipped recipe by name, or a YAML file.",
-        autocompletion=complete_recipe,
-    ),
-]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

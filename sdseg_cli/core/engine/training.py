@@ -403,20 +403,15 @@ class Training:
         means, rate = self._totals.take()
         step = self.progress.step
         self._refuse_divergence(means["loss"])
-        seconds = self._seconds()
-        left = (self.recipe.train.steps - step) * self.recipe.train.batch_size / max(rate, 1e-9)
-        if self.recipe.train.max_minutes > 0:
-            left = min(left, max(0.0, self.recipe.train.max_minutes * 60 - seconds))
         record = StepRecord(
             step=step,
             learning_rate=learning_rate_at(step, self.recipe),
             samples_per_second=rate,
             memory_gib=_peak_memory_gib(self.device),
-            seconds=seconds,
-            seconds_left=left,
+            seconds=self._seconds(),
             **means,
         )
-        self._record({key: value for key, value in asdict(record).items() if key != "seconds_left"})
+        self._record(asdict(record))
         return record
 
     def _refuse_divergence(self, loss: float) -> None:

@@ -31,7 +31,6 @@ class StepRecord:
     samples_per_second: float
     memory_gib: float
     seconds: float
-    seconds_left: float
 
 
 @dataclass(frozen=True)
