@@ -69,7 +69,7 @@ def tiny_recipe(polyps) -> Callable[..., Any]:
             "validate_every": 1000,
             "checkpoint_every": 1000,
             "log_every": 1,
-            "validation_cases": 2,
+            "validation_cases": 1,
             "trackers": [],
         },
     }

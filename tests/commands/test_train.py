@@ -461,7 +461,8 @@ def test_out_of_memory_in_the_validation_makes_smaller_batches(sdseg, recipe, mo
         return predict(pipeline, images, **options)
 
     monkeypatch.setattr(SDSegPipeline, "__call__", small_device)
-    code, _, err = sdseg("train", "-r", recipe, "--out", "run", "--device", "cpu")
+    several = ("--set", "train.validation_cases=2")
+    code, _, err = sdseg("train", "-r", recipe, "--out", "run", "--device", "cpu", *several)
     assert code == 0, err
     assert sizes[:3] == [2, 1, 1]
 

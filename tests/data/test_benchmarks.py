@@ -71,6 +71,7 @@ def test_phantom_cases_are_drawn_from_their_number():
     assert np.array_equal(label_map, again[1])
 
 
+@pytest.mark.fixtures
 def test_the_shipped_split_fits_the_real_kvasir_seg(tmp_path):
     default = Path(__file__).resolve().parents[2].parent / "shared"
     archive = Path(os.environ.get("SDSEG_SHARED", default)) / "data" / "kvasir-seg-320.zip"

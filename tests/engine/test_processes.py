@@ -39,7 +39,6 @@ TRAININGS = {
     },
     "parts": {"train.gradient_accumulation": 2, "train.steps": 3, "train.gradient_clip": 1.0},
     "timm": TIMM,
-    "multiscale": {**TIMM, "model.fusion": "multiscale"},
     "off": {**TIMM, "objective.diffusion": "off", "objective.pixel_weight": 1.0},
     "frozen": {"model.freeze_image_encoder": True, "train.trackers": ["tensorboard"]},
     "organs": {"data.dataset": "ORGANS", "model.fusion": "multiscale", "objective.pixel_weight": 1.0},
