@@ -582,6 +582,15 @@ def _unet_refusals(recipe: Recipe) -> list[Refusal]:
                 f"Use {_nearest_multiple(size, 32)}",
             )
         )
+    elif size == factor and levels > 1 and 32 in _deepest_widths(model):
+        found.append(
+            Refusal(
+                ("data.image_size", "model.unet_channels", "model.image_encoder_channels"),
+                f"{size} leaves a single latent pixel at the deepest of {levels} levels, where 32 channels "
+                f"have nothing to be normalised over. Use {2 * factor}, fewer levels, or 64 channels in the "
+                "last two",
+            )
+        )
     strides = [2**level for level in range(levels)]
     strange = [stride for stride in model.unet_attention_strides if stride not in strides]
     repeated = len(set(model.unet_attention_strides)) != len(model.unet_attention_strides)
@@ -610,6 +619,14 @@ def _unet_refusals(recipe: Recipe) -> list[Refusal]:
             )
         )
     return found
+
+
+def _deepest_widths(model: ModelSettings) -> tuple[int, ...]:
+    """Widths of the layers at the deepest level: a level's last layers work on the next one's grid."""
+    widths = model.unet_channels[-2:]
+    if model.fusion == "multiscale" and model.image_encoder == "kl":
+        widths += model.image_encoder_channels[-1:]
+    return widths
 
 
 def _nearest_multiple(size: int, factor: int) -> int:
