@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -30,11 +31,24 @@ CHANGES = {
 }
 
 
-@pytest.fixture
-def stopped(tiny_recipe, trained, tmp_path) -> RunDirectory:
-    """A run of 4 steps with checkpoints after 2 and 4."""
+@pytest.fixture(scope="module")
+def four_steps(tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
     changes = {"train.steps": 4, "train.checkpoint_every": 2}
-    return trained(tiny_recipe(changes), tmp_path / "run").run
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(tiny_recipe(changes)))
+    process = sdseg_process(
+        "train", "--recipe", folder / "recipe.yaml", "--out", folder / "run", "--device", "cpu"
+    )
+    process.join(120)
+    assert process.exitcode == 0, process.log()
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(four_steps, tmp_path) -> RunDirectory:
+    """A run of 4 steps with checkpoints after 2 and 4."""
+    shutil.copytree(four_steps, tmp_path / "run")
+    return RunDirectory.open(tmp_path / "run")
 
 
 def resumed(trained, tiny_recipe, run: RunDirectory, steps: int = 5):
@@ -238,8 +252,6 @@ def test_a_damaged_manifest_is_refused(manifest, stopped, tiny_recipe, trained):
 def test_after_deleting_the_torn_checkpoint_the_run_goes_on_from_the_last_good_one(
     stopped, tiny_recipe, trained, tmp_path
 ):
-    import shutil
-
     shutil.rmtree(stopped.checkpoint(4))
     result = resumed(trained, tiny_recipe, stopped, steps=4)
     assert result.records[0].first_step == 2
