@@ -121,9 +121,9 @@ def predict(
     )
     settings = {**_model_identity(found.reference), "seed": seed, **sampling}
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
-    if skip_existing:
-        _refuse_other_settings(out, settings, done)
-    elif not overwrite:
+    if not overwrite:
+        _refuse_other_settings(out, settings)
+    if not skip_existing and not overwrite:
         refuse_existing(tasks, out)
     prepare_folder(out)
     console.say(f"{_count(tasks)} to predict into {readable(out)}")
@@ -184,6 +184,7 @@ class _Session:
         self.classes = tuple(predictor.classes)
         if overwrite and processes.is_main:
             remove_outputs(todo)
+            (self.out / SUMMARY_FILE).unlink(missing_ok=True)  # it may list masks of another model
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
@@ -287,8 +288,8 @@ def _model_identity(reference: ModelReference) -> dict[str, Any]:
     return identity
 
 
-def _refuse_other_settings(out: Path, settings: dict[str, Any], done: Sequence[PredictionTask]) -> None:
-    """Refuse to complete a folder with masks of another model or other settings."""
+def _refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to a folder that holds masks of another model or of other settings."""
     try:
         before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -296,13 +297,13 @@ def _refuse_other_settings(out: Path, settings: dict[str, Any], done: Sequence[P
     if not isinstance(before, dict):
         return
     names = [name for name in MASK_SETTINGS if before.get(name) != settings.get(name)]
-    if done and names:
+    if names:
         unset = "as the model has it"
         found = ", ".join(
             f"{name} {before.get(name, unset)} (now {settings.get(name, unset)})" for name in names
         )
         raise UsageError(
-            f"the masks in {readable(out)} were made with {found}. Completing them would mix two results: "
+            f"the masks in {readable(out)} were made with {found}. Adding to them would mix two results: "
             "repeat the earlier settings, pass --overwrite, or choose another --out."
         )
 

@@ -182,6 +182,19 @@ def test_skip_existing_refuses_to_mix_two_settings(scans, tmp_path, model, made)
 
 
 @pytest.mark.faults
+def test_a_second_folder_joins_the_summary_only_with_the_same_settings(scans, tmp_path, model, made):
+    out = tmp_path / "masks"
+    predict(scans=[scans], out=out, model=model)
+    more = tmp_path / "more"
+    more.mkdir()
+    Image.new("RGB", (10, 6), "white").save(more / "third.png")
+    with pytest.raises(UsageError, match="Adding to them would mix two results"):
+        predict(scans=[more], out=out, model=model, seed=1)
+    first = [row["file"] for row in rows(out)]
+    predict(scans=[more], out=out, model=model)
+    assert sorted(row["file"] for row in rows(out)) == sorted([*first, "third.png"])
+
+
 def test_an_interrupted_replacement_leaves_no_mask_of_before_to_be_taken_for_a_new_one(
     scans, tmp_path, model, made, monkeypatch
 ):

@@ -591,7 +591,8 @@ def write_summary(
 ) -> None:
     """Write ``summary.csv``, in the order of the tasks, whole or not at all.
 
-    Rows of skipped cases are taken over from a summary that is there already.
+    Rows of skipped cases, and of images that an earlier call predicted into the same folder, are taken over
+    from a summary that is there already.
     """
     by_file = {record.file: record for record in records}
     earlier = read_summary(path)
@@ -606,6 +607,8 @@ def write_summary(
             row = {**before, "status": "skipped"}
         rows.append(row)
     header = _row(CasePrediction("", "", "done"), classes).keys()
+    asked = {task.file for task in tasks}
+    rows += [row for file, row in earlier.items() if file not in asked and row.keys() == header]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(header), lineterminator="\n")
     writer.writeheader()
