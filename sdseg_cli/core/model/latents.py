@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+from sdseg_cli.core.model.mask_autoencoder import SPATIAL_FACTOR, MaskAutoencoder
 
 Autoencoder: TypeAlias = Union[AutoencoderKL, MaskAutoencoder]  # noqa: UP007  (diffusers is opaque to mypy)
 
@@ -22,7 +22,7 @@ _STEEPEST = 0.99  # score beyond which the log-odds go on in a straight line
 def spatial_factor(autoencoder: Autoencoder) -> int:
     """Pixels per latent pixel and side."""
     if isinstance(autoencoder, MaskAutoencoder):
-        return 8
+        return SPATIAL_FACTOR
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
 
