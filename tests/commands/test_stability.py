@@ -117,7 +117,9 @@ def test_both_kinds_are_reported_and_the_saved_runs_bear_them_out(place, tmp_pat
     scores = report["classes"]["polyp"]["scores"]["measures"]
     assert scores["lpips"]["mean"] == pytest.approx(np.mean([float(row["lpips"]) for row in cases[1::2]]))
     assert scores["ms_ssim"]["mean"] is None
-    assert set(report["undefined"]) == {"ms_ssim"}
+    # Whether two draws of this untrained model round to one picture is up to the processor's arithmetic.
+    identical = any(int(row["identical_pairs"]) for row in cases)
+    assert set(report["undefined"]) == {"ms_ssim"} | ({"psnr"} if identical else set())
 
 
 @pytest.mark.faults

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -20,6 +22,9 @@ class Processes:
 
     def __init__(self, *, cpu: bool = False) -> None:
         self._state = PartialState(cpu=cpu)
+        if self._state.num_processes > 1:
+            atexit.unregister(_leave_group)  # once, however often this object is made
+            atexit.register(_leave_group)
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
@@ -43,3 +48,13 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process has come here."""
         self._state.wait_for_everyone()
+
+
+def _leave_group() -> None:
+    """Leave the group of processes before the interpreter takes itself apart.
+
+    A process that still belongs to it when it ends may be aborted by the group's own threads ("terminate
+    called without an active exception"), whatever its exit code was to be.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
