@@ -34,6 +34,8 @@ COMMANDS = {
     "stability": "Repeat predictions from different noise and compare them.",
     "convert": "Turn a published checkpoint into a model folder.",
     "autoencoder": "Train the small autoencoder of the masks.",
+    "runs": "List, show and compare the runs.",
+    "recipes": "List, show, copy and check recipes.",
     "demo": "All of it on made-up data, on a CPU, in minutes.",
 }
 
