@@ -36,6 +36,7 @@ COMMANDS = {
     "autoencoder": "Train the small autoencoder of the masks.",
     "runs": "List, show and compare the runs.",
     "recipes": "List, show, copy and check recipes.",
+    "doctor": "Look at this machine: what works, and what to do where it does not.",
     "demo": "All of it on made-up data, on a CPU, in minutes.",
 }
 
