@@ -48,7 +48,7 @@ sdseg train --recipe kseg-fast      # train; the run is kept in runs/
 sdseg predict scans/ --out masks/   # segment with the newest finished run
 sdseg evaluate --split test         # Dice, IoU, HD95 ... of each case
 sdseg stability --runs 10           # how much the masks depend on the noise
-sdseg runs                          # the runs so far; sdseg doctor looks at this machine
+sdseg runs                          # what was trained here
 accelerate launch --multi_gpu -m sdseg_cli train --recipe kseg
 
 Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, demo.
