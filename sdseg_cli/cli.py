@@ -34,6 +34,10 @@ COMMANDS = {
     "stability": "Repeat predictions from different noise and compare them.",
     "convert": "Turn a published checkpoint into a model folder.",
     "autoencoder": "Train the small autoencoder of the masks.",
+    "runs": "List, show and compare the runs.",
+    "recipes": "List, show, copy and check recipes.",
+    "push": "Put a run's model on the hub with a card.",
+    "doctor": "Look at this machine: what works, and what to do where it does not.",
     "demo": "All of it on made-up data, on a CPU, in minutes.",
 }
 
@@ -44,6 +48,7 @@ sdseg train --recipe kseg-fast      # train; the run is kept in runs/
 sdseg predict scans/ --out masks/   # segment with the newest finished run
 sdseg evaluate --split test         # Dice, IoU, HD95 ... of each case
 sdseg stability --runs 10           # how much the masks depend on the noise
+sdseg runs                          # what was trained here
 accelerate launch --multi_gpu -m sdseg_cli train --recipe kseg
 
 Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, demo.

@@ -22,6 +22,12 @@ ALL_COMMANDS = [
     "prepare cvc",
     "prepare folder",
     "prepare phantom",
+    "runs show",
+    "runs compare",
+    "recipes list",
+    "recipes show",
+    "recipes copy",
+    "recipes check",
 ]
 
 

@@ -1,6 +1,7 @@
 """Weights from files: what is found, what is refused, and what the message says then."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.model import weights
 from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.pipeline import SDSegPipeline
@@ -331,3 +333,17 @@ def test_a_model_index_that_names_a_module_that_is_not_there_is_refused(saved):
 def test_a_model_that_is_not_there_is_named(location):
     with pytest.raises(ModelError, match=f"model '{location}' cannot be loaded"):
         load_pipeline(location)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("status", "remedy"), [(404, "The hub answered 404"), (None, "HF_HUB_OFFLINE")])
+def test_a_model_that_the_hub_does_not_give_names_the_remedy(monkeypatch, status, remedy):
+    def download(_):
+        cause = ConnectionError("no route")
+        if status:
+            cause.response = SimpleNamespace(status_code=status)
+        raise OSError("Cannot load model") from cause
+
+    monkeypatch.setattr(weights.SDSegPipeline, "download", download)
+    with pytest.raises(ModelError, match=remedy):
+        weights.load_pipeline("nobody/nothing")

@@ -324,6 +324,7 @@ def load_pipeline(location: str) -> SDSegPipeline:
         raise ModelError(
             f"model {location!r} cannot be loaded: {_reason(error)}. "
             "Expected a folder written by `sdseg train` (with model_index.json) or such a model on the hub."
+            + _hub_remedy(location, error)
         ) from error
     if not isinstance(pipeline, SDSegPipeline):
         raise ModelError(f"model {location!r} is a {type(pipeline).__name__}, expected an SDSegPipeline.")
@@ -332,6 +333,20 @@ def load_pipeline(location: str) -> SDSegPipeline:
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _hub_remedy(location: str, error: BaseException) -> str:
+    """What to do where a model of the hub cannot be had, by the hub's answer; "" for a folder."""
+    if Path(location).is_dir():
+        return ""
+    cause: BaseException | None = error
+    status = None
+    while cause is not None and status is None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        cause = cause.__cause__ or cause.__context__
+    if status in (401, 403, 404):
+        return f" The hub answered {status}: check the name, and for a private model the token (HF_TOKEN)."
+    return " Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or copy the model here and give its folder."
 
 
 def _check_whole(network: torch.nn.Module, folder: Path) -> None:
