@@ -164,10 +164,16 @@ class ModelSettings(Settings):
     conditioning_channels: int = key(
         4, "Width of what the image encoder hands to the U-Net.", unit="channels", ge=1, le=512
     )
-    fusion: Literal["input", "multiscale"] = key(
+    fusion: Literal["input", "multiscale", "attention"] = key(
         "input",
-        "Where image and latent meet: `input` (once, at the U-Net's input, as published) or `multiscale` "
-        "(also at every level of the U-Net).",
+        "Where image and latent meet: `input` (once, at the U-Net's input, as published), `multiscale` "
+        "(also at every level of the U-Net) or `attention` (the U-Net sees the latent alone and attends to "
+        "the image at its levels with attention).",
+    )
+    multiclass: Literal["class_conditional", "joint"] = key(
+        "class_conditional",
+        "Several classes: `class_conditional` (one reverse process for each class and the background, as "
+        "published) or `joint` (the latents of all class masks denoised at once, in one).",
     )
     unet_channels: Annotated[tuple[_WIDTH, ...], Field(min_length=1, max_length=6)] = key(
         (192, 384, 384, 768, 768),
@@ -476,11 +482,19 @@ def _baseline_refusals(recipe: Recipe) -> list[Refusal]:
                 "off needs a backbone to decode from. Set model.image_encoder: timm:resnet34, for instance",
             )
         )
-    if recipe.model.fusion == "multiscale":
+    if recipe.model.fusion != "input":
         found.append(
             Refusal(
                 ("model.fusion", "objective.diffusion"),
-                "multiscale with diffusion: off: there is no latent to join. Set fusion: input",
+                f"{recipe.model.fusion} with diffusion: off: there is no latent to join. Set fusion: input",
+            )
+        )
+    if recipe.model.multiclass == "joint":
+        found.append(
+            Refusal(
+                ("model.multiclass", "objective.diffusion"),
+                "joint with diffusion: off, whose plain U-Net gives all classes at once anyway. "
+                "Set class_conditional",
             )
         )
     if recipe.objective.pixel_weight == 0:
@@ -589,6 +603,14 @@ def _unet_refusals(recipe: Recipe) -> list[Refusal]:
                 f"{size} leaves a single latent pixel at the deepest of {levels} levels, where 32 channels "
                 f"have nothing to be normalised over. Use {2 * factor}, fewer levels, or 64 channels in the "
                 "last two",
+            )
+        )
+    if model.fusion == "attention" and not model.unet_attention_strides:
+        found.append(
+            Refusal(
+                ("model.fusion", "model.unet_attention_strides"),
+                "attention without any level that has it: the U-Net would never see the image. "
+                f"Set unet_attention_strides: [{2 ** (levels - 1)}], or another fusion",
             )
         )
     strides = [2**level for level in range(levels)]

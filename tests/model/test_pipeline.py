@@ -29,6 +29,7 @@ def make(
     encoder: str = "kl",
     fusion: str = "input",
     prediction="epsilon",
+    joint: bool = False,
     **config,
 ) -> SDSegPipeline:
     torch.manual_seed(0)
@@ -45,7 +46,8 @@ def make(
         heads=4,
         attention_strides=(2,),
         fusion=fusion,
-        num_class_embeds=len(classes) if len(classes) > 2 else None,
+        latent_channels=4 * (len(classes) - 1) if joint else 4,
+        num_class_embeds=len(classes) if len(classes) > 2 and not joint else None,
     )
     with torch.no_grad():  # outputs that depend visibly on everything
         unet.conv_out.weight.mul_(3)
@@ -79,12 +81,22 @@ def organs() -> SDSegPipeline:
     return make(ORGANS)
 
 
+@pytest.fixture(scope="module")
+def joint() -> SDSegPipeline:
+    return make(ORGANS, joint=True)
+
+
 # Saving and loading
 
 
 @pytest.mark.parametrize(
     ("encoder", "fusion", "prediction"),
-    [("kl", "input", "epsilon"), ("kl", "multiscale", "sample"), ("test_resnet", "multiscale", "velocity")],
+    [
+        ("kl", "input", "epsilon"),
+        ("kl", "multiscale", "sample"),
+        ("kl", "attention", "epsilon"),
+        ("test_resnet", "multiscale", "velocity"),
+    ],
 )
 def test_a_saved_pipeline_predicts_the_same_when_loaded(encoder, fusion, prediction, tmp_path):
     pipeline = make(encoder=encoder, fusion=fusion, prediction=prediction)
@@ -286,6 +298,37 @@ def test_every_class_has_its_own_reverse_process_and_the_backgrounds_is_negated(
             assert torch.allclose(scores[:, index], -expected if index == 0 else expected, atol=1e-4)
 
 
+def test_all_masks_are_denoised_jointly_in_one_call_and_decoded_in_one_batch(joint, monkeypatch):
+    noise = joint.draw_noise([(0, "a", 0, 0), (0, "b", 0, 0)])
+    assert noise.shape == (2, 12, 4, 4)
+    calls = []
+    forward, decode = SDSegUNet.forward, MaskAutoencoder.decode
+    monkeypatch.setattr(SDSegUNet, "forward", lambda *a: (calls.append("unet"), forward(*a))[1])
+    monkeypatch.setattr(MaskAutoencoder, "decode", lambda *a: (calls.append("decode"), decode(*a))[1])
+    with torch.no_grad():
+        conditioning = joint.image_encoder(joint.normalise(np.stack(pictures(2))))
+        scores = joint.denoise(conditioning, noise, 1)
+        assert calls == ["unet", "decode"]
+        output = joint.unet(noise, torch.full((2,), 999), conditioning)
+        latent = joint.scheduler.step(output, 999, noise).pred_original_sample
+        for index in range(3):
+            part = latent[:, 4 * index : 4 * index + 4] / joint.config.latent_scale
+            expected = joint.autoencoder.decode(part).sample[:, 0]
+            assert torch.allclose(scores[:, index + 1], expected, atol=1e-5)
+    assert torch.equal(scores[:, 0], -scores[:, 1:].amax(dim=1))
+
+
+def test_a_joint_pipeline_is_saved_and_loaded_and_its_noise_depends_on_the_case_alone(joint, tmp_path):
+    joint.save_pretrained(tmp_path)
+    loaded = load_pipeline(str(tmp_path))
+    before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (joint, loaded))
+    assert np.array_equal(before, after)
+    assert before[0].shape == (4, SIZE, SIZE)
+    alone = loaded(pictures(2)[1], seed=3, case_ids=["1"]).probabilities[0]
+    assert np.allclose(alone, after[1], atol=1e-5)
+    assert not np.allclose(loaded(pictures(2), seed=4).probabilities[0], after[0], atol=1e-4)
+
+
 def test_fewer_classes_than_embeddings_use_the_first_embeddings(organs):
     torch.manual_seed(0)
     fewer = SDSegPipeline(
@@ -297,7 +340,7 @@ def test_fewer_classes_than_embeddings_use_the_first_embeddings(organs):
     assert fewer(pictures(1)).probabilities[0].shape == (3, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("pipeline_name", ["binary", "organs"])
+@pytest.mark.parametrize("pipeline_name", ["binary", "organs", "joint"])
 def test_probabilities_sum_to_one_on_the_images_own_grid(pipeline_name, request):
     pipeline = request.getfixturevalue(pipeline_name)
     output = pipeline(pictures(1, 37, 61) + pictures(1, 90, 20))

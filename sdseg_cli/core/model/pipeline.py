@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.image_encoder import ImageEncoder
-from sdseg_cli.core.model.latents import decode_scores, spatial_factor
+from sdseg_cli.core.model.latents import decode_scores, masks_per_latent, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import reverse_step
@@ -101,9 +101,9 @@ class SDSegPipeline(DiffusionPipeline):
         return not isinstance(self.unet, PlainUNet)
 
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
+        """(C, h, w) of what the U-Net denoises: the latent of one mask, or those of all of them."""
         side = self.config.image_size // spatial_factor(self.autoencoder)
-        return self.autoencoder.config["latent_channels"], side, side
+        return self.unet.config["latent_channels"], side, side
 
     @torch.no_grad()
     def __call__(
@@ -206,9 +206,10 @@ class SDSegPipeline(DiffusionPipeline):
             num_inference_steps: reverse steps.
 
         Returns:
-            float32 scores of about -1 to 1: (B, 1, S, S) for binary masks; (B, K, S, S) for K classes, one
-            reverse process per class, that of the background already negated (its mask is "anything but
-            background").
+            float32 scores of about -1 to 1: (B, 1, S, S) for binary masks, (B, K, S, S) for K classes.
+            A class-conditional U-Net runs one reverse process per class, that of the background already
+            negated (its mask is "anything but background"). A joint one runs once, and the background's
+            score is the largest of the others negated: it wins where no mask is likelier than not.
         """
         class_labels, num_maps = None, 1
         if self.unet.config["num_class_embeds"] is not None:
@@ -222,8 +223,10 @@ class SDSegPipeline(DiffusionPipeline):
             at = torch.full((len(latent),), timestep, device=noise.device)
             output = self.unet(latent.to(self.unet.dtype), at, conditioning, class_labels)
             latent = reverse_step(self.scheduler, output, latent, timestep, following)
-        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)  # (B * K, 1, S, S)
-        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])
+        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)
+        if masks_per_latent(self.autoencoder, latent.shape[1]) > 1:
+            return torch.cat([-scores.amax(dim=1, keepdim=True), scores], dim=1)
+        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])  # from (B * K, 1, S, S)
         if num_maps > 1:
             scores[:, 0] = -scores[:, 0]
         return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _NO_DOWNLOAD = (
 )
 _PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches"}
 _ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
+_ADDED = ("class_embedding", "fusions", "attentions")  # of a U-Net, that a published start lacks
 _NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -266,9 +267,11 @@ def build_unet(
     heads: int,
     attention_strides: Sequence[int],
     dropout: float,
-    num_classes: int,
+    num_class_embeds: int | None,
 ) -> SDSegUNet:
-    """Build the denoiser and fill it; see :class:`SDSegUNet`. More than two classes: class-conditional.
+    """Build the denoiser and fill it; see :class:`SDSegUNet`.
+
+    Layers that a fusion adds and the weights lack start as they are built, as the identity.
 
     Raises:
         UsageError: weights that cannot be had or do not fit.
@@ -283,14 +286,40 @@ def build_unet(
         heads=heads,
         attention_strides=tuple(attention_strides),
         dropout=dropout,
-        num_class_embeds=num_classes if num_classes > 2 else None,
+        num_class_embeds=num_class_embeds,
     )
     if weights != "random":
-        _load_state(unet, weights, "model.unet_weights")
+        _load_state(unet, weights, "model.unet_weights", fit=lambda state: _fitted_to(unet, state))
     return unet
 
 
-def _load_state(module: torch.nn.Module, location: str, key: str) -> None:
+def _fitted_to(unet: SDSegUNet, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fit a start to classes and to a fusion that it was not made for.
+
+    The embedding of the classes and the layers of the fusion are added as they are built. Input channels for
+    conditioning, which ``attention`` does not have, are left out if they are zero, as in a converted start.
+    """
+    own = unet.state_dict()
+    channels, found = unet.config["latent_channels"], state.get("conv_out.bias")
+    if found is not None and len(found) != channels:
+        raise RuntimeError(
+            f"conv_out gives {len(found)} channels of latent, the recipe's {channels}. With "
+            "model.multiclass: joint start at random, or from a U-Net trained jointly for as many classes"
+        )
+    added = {name: own[name] for name in own if name.split(".")[0] in _ADDED}
+    given, taken = state.get("conv_in.weight"), own["conv_in.weight"].shape[1]
+    if given is not None and unet.config["fusion"] == "attention" and not given[:, taken:].any():
+        state = {**state, "conv_in.weight": given[:, :taken].contiguous()}
+    return {**added, **state}
+
+
+def _load_state(
+    module: torch.nn.Module,
+    location: str,
+    key: str,
+    *,
+    fit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+) -> None:
     """Fill a network from a safetensors file, or from the folder that ``save_pretrained`` wrote."""
     path = Path(location)
     if path.is_dir():
@@ -298,7 +327,7 @@ def _load_state(module: torch.nn.Module, location: str, key: str) -> None:
     if not path.is_file():
         raise _missing(location, "weights", key, "diffusion_pytorch_model.safetensors")
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(fit(load_file(path)))
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{key}: {path} cannot be read as safetensors: {error}") from error
     except RuntimeError as error:
