@@ -293,6 +293,11 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = key(
         False, "Recompute activations in the backward pass: less memory, slower."
     )
+    embed_autoencoder: bool = key(
+        True,
+        "Copy the autoencoder into the exported model; false = the model refers to its folder or hub id, "
+        "is 335 MB smaller (kl-f8), and can be read where that is at hand.",
+    )
     seed: int = key(0, "Seed of weights, order, augmentation and noise.", ge=0, le=2**31 - 1)
     validate_every: int = key(1000, "Steps between validations.", unit="optimizer steps", ge=1, le=10_000_000)
     checkpoint_every: int = key(
@@ -417,6 +422,7 @@ def refusals(recipe: Recipe) -> list[Refusal]:
         *_unet_refusals(recipe),
         *_train_refusals(recipe.train),
         *_sampling_refusals(recipe),
+        *_export_refusals(recipe),
     ]
 
 
@@ -675,6 +681,21 @@ def _train_refusals(train: TrainSettings) -> list[Refusal]:
         )
     if len(set(train.trackers)) != len(train.trackers):
         found.append(Refusal(("train.trackers",), "a tracker is given twice. Remove one"))
+    return found
+
+
+def _export_refusals(recipe: Recipe) -> list[Refusal]:
+    found = []
+    if recipe.train.embed_autoencoder:
+        return found
+    if recipe.objective.diffusion == "off" or recipe.model.autoencoder == "builtin":
+        found.append(
+            Refusal(
+                ("train.embed_autoencoder", "model.autoencoder"),
+                "false without a folder or hub id in model.autoencoder to refer to: the builtin one is "
+                "always copied (4 MB), and diffusion: off has none. Set true",
+            )
+        )
     return found
 
 

@@ -121,6 +121,7 @@ EFFECTS: list[tuple[dict[str, Any], str, Any, str]] = [
     ({}, "train.ema_decay", 0.05, MODEL),
     ({}, "train.ema_decay", 0.0, MODEL),
     ({}, "train.ema_scope", "all", MODEL),
+    ({"model.autoencoder": "KL"}, "train.embed_autoencoder", False, MODEL),
     ({}, "train.precision", "bf16", LOSS),
     ({}, "train.seed", 1, LOSS),
     ({"objective.num_train_timesteps": 50}, "sampling.num_inference_steps", 3, PICTURE),

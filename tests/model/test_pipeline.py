@@ -1,11 +1,14 @@
 """The pipeline: saving, noise, samples, classes, steps, and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+from sdseg_cli.core.errors import ModelError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -17,7 +20,7 @@ from sdseg_cli.core.model.pipeline import (
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
-from sdseg_cli.core.model.weights import load_pipeline
+from sdseg_cli.core.model.weights import load_pipeline, refer_to_autoencoder
 
 SIZE = 32
 ORGANS = ("background", "liver", "kidney", "spleen")
@@ -103,7 +106,11 @@ def test_a_saved_pipeline_predicts_the_same_when_loaded(encoder, fusion, predict
     pipeline.save_pretrained(tmp_path)
     loaded = SDSegPipeline.from_pretrained(tmp_path)
     before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (pipeline, loaded))
-    assert np.array_equal(before, after)
+    # Where tensors lie in memory changes the last digit on some processors: weights are equal, outputs close.
+    assert np.allclose(before, after, atol=1e-6)
+    for name in ("unet", "image_encoder", "autoencoder"):
+        own, other = (getattr(pipe, name).state_dict() for pipe in (pipeline, loaded))
+        assert all(torch.equal(own[key], other[key]) for key in own)
     assert loaded.scheduler.config["prediction_type"] == pipeline.scheduler.config["prediction_type"]
 
 
@@ -118,6 +125,56 @@ def test_what_a_pipeline_knows_is_saved_with_it(tmp_path):
     assert dict(loaded.config.training_data) == training_data
     assert (loaded.config.image_size, loaded.config.resize) == (SIZE, "pad")
     assert (loaded.config.latent_scale, loaded.config.noise) == (0.125, "zeros")
+
+
+@pytest.fixture
+def referring(tmp_path) -> tuple[SDSegPipeline, Path, Path]:
+    """A pipeline, the folder of a model that refers to its autoencoder, and the folder of the latter."""
+    pipeline = make()
+    pipeline.autoencoder.save_pretrained(tmp_path / "weights")
+    reference = refer_to_autoencoder(str(tmp_path / "weights"), pipeline.autoencoder)
+    pipeline.register_to_config(autoencoder_reference=reference)
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline, tmp_path / "model", tmp_path / "weights"
+
+
+def test_an_autoencoder_that_is_referred_to_is_not_saved_and_found_again(referring):
+    pipeline, model, _ = referring
+    assert pipeline.autoencoder is not None
+    assert not (model / "autoencoder").exists()
+    for loaded in (SDSegPipeline.from_pretrained(model), load_pipeline(str(model))):
+        before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (pipeline, loaded))
+        assert np.allclose(before, after, atol=1e-6)
+
+
+@pytest.mark.faults
+def test_an_autoencoder_that_is_gone_or_another_one_is_named_with_the_remedy(referring):
+    _, model, weights = referring
+    weights.rename(weights.with_name("moved"))
+    with pytest.raises(ModelError, match=rf"refers to {weights}, which cannot be read\. Put it back"):
+        load_pipeline(str(model))
+    torch.manual_seed(7)
+    MaskAutoencoder(encoder_channels=(8, 8), decoder_channels=(8, 8)).save_pretrained(weights)
+    with pytest.raises(ModelError, match=r"its tensors differ\..*embed_autoencoder=true"):
+        load_pipeline(str(model))
+
+
+@pytest.mark.parametrize(("copied", "full", "half"), [(True, 1.7e9, 0.85e9), (False, 1.4e9, 0.7e9)])
+def test_the_papers_model_is_as_small_as_promised(copied, full, half):
+    with torch.device("meta"):
+        parts = [SDSegUNet(), KLImageEncoder()]
+        if copied:
+            parts.append(
+                AutoencoderKL(
+                    block_out_channels=(128, 256, 512, 512),
+                    down_block_types=("DownEncoderBlock2D",) * 4,
+                    up_block_types=("UpDecoderBlock2D",) * 4,
+                    layers_per_block=2,
+                )
+            )
+    weights = sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
+    assert 4 * weights < full
+    assert 2 * weights < half
 
 
 def test_components_carry_their_documented_names(binary):
@@ -322,7 +379,7 @@ def test_a_joint_pipeline_is_saved_and_loaded_and_its_noise_depends_on_the_case_
     joint.save_pretrained(tmp_path)
     loaded = load_pipeline(str(tmp_path))
     before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (joint, loaded))
-    assert np.array_equal(before, after)
+    assert np.allclose(before, after, atol=1e-6)
     assert before[0].shape == (4, SIZE, SIZE)
     alone = loaded(pictures(2)[1], seed=3, case_ids=["1"]).probabilities[0]
     assert np.allclose(alone, after[1], atol=1e-5)

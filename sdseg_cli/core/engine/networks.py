@@ -21,6 +21,7 @@ from sdseg_cli.core.model.weights import (
     build_plain_unet,
     build_unet,
     load_autoencoder,
+    refer_to_autoencoder,
 )
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.seeding import derive_seed
@@ -34,6 +35,7 @@ class Networks:
     image_encoder: ImageEncoder | None
     autoencoder: Autoencoder | None
     scheduler: DDIMScheduler | None
+    autoencoder_reference: dict[str, str] | None = None  # None: saved with the model
 
     def pipeline(self, manifest: DatasetManifest, recipe: Recipe, latent_scale: float) -> SDSegPipeline:
         """Join them to a pipeline."""
@@ -48,6 +50,7 @@ class Networks:
             latent_scale=latent_scale,
             noise=recipe.objective.noise,
             training_data={"name": manifest.name, "fingerprint": manifest.fingerprint},
+            autoencoder_reference=self.autoencoder_reference,
         )
 
 
@@ -91,7 +94,10 @@ def build_networks(recipe: Recipe, num_classes: int) -> Networks:
     scheduler = make_scheduler(
         objective.prediction, objective.num_train_timesteps, objective.beta_start, objective.beta_end
     )
-    return Networks(unet, image_encoder, autoencoder, scheduler)
+    reference = None
+    if not recipe.train.embed_autoencoder:
+        reference = refer_to_autoencoder(model.autoencoder, autoencoder)
+    return Networks(unet, image_encoder, autoencoder, scheduler, reference)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +57,8 @@ class SDSegPipeline(DiffusionPipeline):
         latent_scale: what latents are multiplied by.
         noise: ``gaussian``, or ``zeros`` for a model that was trained to start from zeros.
         training_data: what the model was trained on: the dataset's name and fingerprint.
+        autoencoder_reference: where the autoencoder is and what it holds (``location``, ``sha256``), if it is
+            not to be saved with the model but looked up when the model is loaded.
     """
 
     _optional_components = ["image_encoder", "autoencoder", "scheduler"]  # noqa: RUF012  (diffusers' own form)
@@ -71,6 +75,7 @@ class SDSegPipeline(DiffusionPipeline):
         latent_scale: float = 1.0,
         noise: str = "gaussian",
         training_data: dict | None = None,
+        autoencoder_reference: dict | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -83,7 +88,34 @@ class SDSegPipeline(DiffusionPipeline):
             latent_scale=latent_scale,
             noise=noise,
             training_data=training_data or {},
+            autoencoder_reference=autoencoder_reference,
         )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save as diffusers does; an autoencoder that is referred to is not copied."""
+        autoencoder = self.autoencoder
+        if self.config.autoencoder_reference:
+            self.register_modules(autoencoder=None)
+        try:
+            super().save_pretrained(save_directory, **options)
+        finally:
+            self.register_modules(autoencoder=autoencoder)
+
+    @classmethod
+    def from_pretrained(cls, location: str | Path, **options: Any) -> SDSegPipeline:
+        """Load as diffusers does, and the autoencoder from where it is referred to.
+
+        Raises:
+            ModelError: the autoencoder is not there any more, or is another one.
+        """
+        pipeline = super().from_pretrained(location, **options)
+        reference = pipeline.config.get("autoencoder_reference")
+        if reference and pipeline.autoencoder is None:
+            from sdseg_cli.core.model.weights import load_referenced_autoencoder  # which imports this module
+
+            autoencoder = load_referenced_autoencoder(reference["location"], reference["sha256"])
+            pipeline.register_modules(autoencoder=autoencoder.to(pipeline.device, pipeline.unet.dtype))
+        return pipeline
 
     @property
     def classes(self) -> tuple[str, ...]:

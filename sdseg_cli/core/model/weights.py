@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -115,6 +116,57 @@ def load_published_autoencoder(location: str) -> AutoencoderKL:
         f"{location} holds no KL autoencoder that can be read ({'; '.join(problems)}). Expected a checkpoint "
         "file, or the folder or hub id of a diffusers model with a vae."
     )
+
+
+def load_any_autoencoder(location: str) -> Autoencoder:
+    """Load an autoencoder from a folder or hub id, of an autoencoder or of a whole diffusers model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return load_autoencoder(location)
+    except UsageError:
+        return load_published_autoencoder(location)
+
+
+def refer_to_autoencoder(location: str, autoencoder: Autoencoder) -> dict[str, str]:
+    """Say where an autoencoder is, a folder by its full path, and what it holds (SHA-256 of its tensors)."""
+    folder = Path(location).expanduser()
+    place = str(folder.resolve()) if folder.is_dir() else location
+    return {"location": place, "sha256": _digest(autoencoder)}
+
+
+def load_referenced_autoencoder(location: str, sha256: str) -> Autoencoder:
+    """Load what :func:`refer_to_autoencoder` referred to.
+
+    Raises:
+        ModelError: it is not there any more, or is another one.
+    """
+    remedy = (
+        "Put it back there, or make the model again with a copy of its autoencoder (sdseg train with "
+        "train.embed_autoencoder=true; sdseg convert without --autoencoder)."
+    )
+    try:
+        autoencoder = load_any_autoencoder(location)
+    except ModelError as error:
+        raise ModelError(
+            f"the model holds no autoencoder but refers to {location}, which cannot be read. {remedy}"
+        ) from error
+    if _digest(autoencoder) != sha256:
+        raise ModelError(
+            f"the autoencoder at {location} is not the one that the model was made with: its tensors differ. "
+            + remedy
+        )
+    return autoencoder
+
+
+def _digest(autoencoder: Autoencoder) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _refuse_partial(missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -347,8 +399,11 @@ def load_pipeline(location: str) -> SDSegPipeline:
         folder = location if Path(location).is_dir() else SDSegPipeline.download(location)
         pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
         for name, component in pipeline.components.items():
-            if isinstance(component, torch.nn.Module):
+            referred = name == "autoencoder" and pipeline.config.get("autoencoder_reference")
+            if isinstance(component, torch.nn.Module) and not referred:
                 _check_whole(component, Path(folder) / name)
+    except ModelError as error:
+        raise ModelError(f"model {location!r} cannot be loaded: {error}") from error
     except Exception as error:
         raise ModelError(
             f"model {location!r} cannot be loaded: {_reason(error)}. "
