@@ -685,18 +685,16 @@ def _train_refusals(train: TrainSettings) -> list[Refusal]:
 
 
 def _export_refusals(recipe: Recipe) -> list[Refusal]:
-    found = []
-    if recipe.train.embed_autoencoder:
-        return found
-    if recipe.objective.diffusion == "off" or recipe.model.autoencoder == "builtin":
-        found.append(
-            Refusal(
-                ("train.embed_autoencoder", "model.autoencoder"),
-                "false without a folder or hub id in model.autoencoder to refer to: the builtin one is "
-                "always copied (4 MB), and diffusion: off has none. Set true",
-            )
+    to_refer_to = recipe.objective.diffusion == "on" and recipe.model.autoencoder != "builtin"
+    if recipe.train.embed_autoencoder or to_refer_to:
+        return []
+    return [
+        Refusal(
+            ("train.embed_autoencoder", "model.autoencoder"),
+            "false without a folder or hub id in model.autoencoder to refer to: the builtin one is "
+            "always copied (4 MB), and diffusion: off has none. Set true",
         )
-    return found
+    ]
 
 
 def _sampling_refusals(recipe: Recipe) -> list[Refusal]:

@@ -370,7 +370,7 @@ def _load_state(
     location: str,
     key: str,
     *,
-    fit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+    fit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Fill a network from a safetensors file, or from the folder that ``save_pretrained`` wrote."""
     path = Path(location)
@@ -379,7 +379,8 @@ def _load_state(
     if not path.is_file():
         raise _missing(location, "weights", key, "diffusion_pytorch_model.safetensors")
     try:
-        module.load_state_dict(fit(load_file(path)))
+        state = load_file(path)
+        module.load_state_dict(fit(state) if fit else state)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{key}: {path} cannot be read as safetensors: {error}") from error
     except RuntimeError as error:
