@@ -398,6 +398,13 @@ def test_the_constructor_refuses_what_a_file_may_not_say():
         ({"objective__noise_weight": 0, "objective__latent_weight": 0}, "all three loss weights are 0"),
         ({"objective__diffusion": "off", "objective__pixel_weight": 1}, "off needs a backbone"),
         ({**BASELINE, "model__fusion": "multiscale"}, "multiscale with diffusion: off"),
+        ({**BASELINE, "model__fusion": "attention"}, "attention with diffusion: off"),
+        ({**BASELINE, "model__multiclass": "joint"}, "joint with diffusion: off"),
+        (
+            {"model__fusion": "attention", "model__unet_attention_strides": []},
+            "attention without any level that has it: the U-Net would never see the image",
+        ),
+        ({"train__embed_autoencoder": False}, "the builtin one is always copied"),
         ({**BASELINE, "objective__pixel_weight": 0}, "0 with diffusion: off, whose only loss it is"),
         (
             {**BASELINE, "model__image_encoder_weights": "pretrained"},

@@ -71,6 +71,16 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            "--autoencoder",
+            metavar="FOLDER|ID",
+            help="Of an SDSeg checkpoint: refer to this folder or hub id, which holds the same autoencoder, "
+            "instead of copying it (335 MB).",
+            show_default=False,
+        ),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store 16-bit floats: half the size.")] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -103,6 +113,9 @@ def convert(
     }
     options = {name: value for name, value in given.items() if value is not None}
     result = _read(source, options)
+    if autoencoder is not None:
+        _refer(result, autoencoder)
+        options["autoencoder"] = autoencoder
     summary = _summary(result, source, options, half)
     with whole_folder(out, overwrite=overwrite, ours=ours) as folder:
         _save(result, folder, half)
@@ -135,6 +148,30 @@ def _read(source: str, options: dict[str, Any]) -> Published:
         flags = ", ".join("--" + name.replace("_", "-") for name in options)
         raise UsageError(f"{source} is no checkpoint file, and {flags} applies to these only. Leave it out.")
     return load_published_autoencoder(source)
+
+
+def _refer(result: Published, location: str) -> None:
+    """Let a pipeline refer to its autoencoder, once it is seen to be the same tensor by tensor."""
+    import torch
+
+    from sdseg_cli.core.errors import ModelError, UsageError
+    from sdseg_cli.core.model.pipeline import SDSegPipeline
+    from sdseg_cli.core.model.weights import load_any_autoencoder, refer_to_autoencoder
+
+    if not isinstance(result, SDSegPipeline):
+        raise UsageError("--autoencoder applies to an official SDSeg checkpoint only. Leave it out.")
+    own, found = result.autoencoder.state_dict(), load_any_autoencoder(location).state_dict()
+    differing = [
+        name
+        for name in sorted({*own, *found})
+        if name not in own or name not in found or not torch.equal(own[name], found[name])
+    ]
+    if differing:
+        raise ModelError(
+            f"--autoencoder {location} is not the checkpoint's autoencoder: {len(differing)} of {len(own)} "
+            f"tensors differ, such as {differing[0]}. Leave the option out to copy the checkpoint's own."
+        )
+    result.register_to_config(autoencoder_reference=refer_to_autoencoder(location, result.autoencoder))
 
 
 def _networks(result: Published) -> dict[str, Any]:

@@ -164,10 +164,16 @@ class ModelSettings(Settings):
     conditioning_channels: int = key(
         4, "Width of what the image encoder hands to the U-Net.", unit="channels", ge=1, le=512
     )
-    fusion: Literal["input", "multiscale"] = key(
+    fusion: Literal["input", "multiscale", "attention"] = key(
         "input",
-        "Where image and latent meet: `input` (once, at the U-Net's input, as published) or `multiscale` "
-        "(also at every level of the U-Net).",
+        "Where image and latent meet: `input` (once, at the U-Net's input, as published), `multiscale` "
+        "(also at every level of the U-Net) or `attention` (the U-Net sees the latent alone and attends to "
+        "the image at its levels with attention).",
+    )
+    multiclass: Literal["class_conditional", "joint"] = key(
+        "class_conditional",
+        "Several classes: `class_conditional` (one reverse process for each class and the background, as "
+        "published) or `joint` (the latents of all class masks denoised at once, in one).",
     )
     unet_channels: Annotated[tuple[_WIDTH, ...], Field(min_length=1, max_length=6)] = key(
         (192, 384, 384, 768, 768),
@@ -286,6 +292,11 @@ class TrainSettings(Settings):
     )
     gradient_checkpointing: bool = key(
         False, "Recompute activations in the backward pass: less memory, slower."
+    )
+    embed_autoencoder: bool = key(
+        True,
+        "Copy the autoencoder into the exported model; false = the model refers to its folder or hub id, "
+        "is 335 MB smaller (kl-f8), and can be read where that is at hand.",
     )
     seed: int = key(0, "Seed of weights, order, augmentation and noise.", ge=0, le=2**31 - 1)
     validate_every: int = key(1000, "Steps between validations.", unit="optimizer steps", ge=1, le=10_000_000)
@@ -411,6 +422,7 @@ def refusals(recipe: Recipe) -> list[Refusal]:
         *_unet_refusals(recipe),
         *_train_refusals(recipe.train),
         *_sampling_refusals(recipe),
+        *_export_refusals(recipe),
     ]
 
 
@@ -476,11 +488,19 @@ def _baseline_refusals(recipe: Recipe) -> list[Refusal]:
                 "off needs a backbone to decode from. Set model.image_encoder: timm:resnet34, for instance",
             )
         )
-    if recipe.model.fusion == "multiscale":
+    if recipe.model.fusion != "input":
         found.append(
             Refusal(
                 ("model.fusion", "objective.diffusion"),
-                "multiscale with diffusion: off: there is no latent to join. Set fusion: input",
+                f"{recipe.model.fusion} with diffusion: off: there is no latent to join. Set fusion: input",
+            )
+        )
+    if recipe.model.multiclass == "joint":
+        found.append(
+            Refusal(
+                ("model.multiclass", "objective.diffusion"),
+                "joint with diffusion: off, whose plain U-Net gives all classes at once anyway. "
+                "Set class_conditional",
             )
         )
     if recipe.objective.pixel_weight == 0:
@@ -591,6 +611,14 @@ def _unet_refusals(recipe: Recipe) -> list[Refusal]:
                 "last two",
             )
         )
+    if model.fusion == "attention" and not model.unet_attention_strides:
+        found.append(
+            Refusal(
+                ("model.fusion", "model.unet_attention_strides"),
+                "attention without any level that has it: the U-Net would never see the image. "
+                f"Set unet_attention_strides: [{2 ** (levels - 1)}], or another fusion",
+            )
+        )
     strides = [2**level for level in range(levels)]
     strange = [stride for stride in model.unet_attention_strides if stride not in strides]
     repeated = len(set(model.unet_attention_strides)) != len(model.unet_attention_strides)
@@ -654,6 +682,19 @@ def _train_refusals(train: TrainSettings) -> list[Refusal]:
     if len(set(train.trackers)) != len(train.trackers):
         found.append(Refusal(("train.trackers",), "a tracker is given twice. Remove one"))
     return found
+
+
+def _export_refusals(recipe: Recipe) -> list[Refusal]:
+    to_refer_to = recipe.objective.diffusion == "on" and recipe.model.autoencoder != "builtin"
+    if recipe.train.embed_autoencoder or to_refer_to:
+        return []
+    return [
+        Refusal(
+            ("train.embed_autoencoder", "model.autoencoder"),
+            "false without a folder or hub id in model.autoencoder to refer to: the builtin one is "
+            "always copied (4 MB), and diffusion: off has none. Set true",
+        )
+    ]
 
 
 def _sampling_refusals(recipe: Recipe) -> list[Refusal]:

@@ -205,3 +205,21 @@ def test_a_raw_checkpoint_as_model_is_refused_with_the_command_that_converts_it(
         pytest.skip(f"no fixtures at {source.parent}: set SDSEG_SHARED to the folder that holds them")
     assert sdseg("predict", tmp_path, "--model", source, "--out", tmp_path / "masks") == 2
     assert f"sdseg convert {source}" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.fixtures
+def test_a_model_may_refer_to_the_autoencoder_that_it_holds_too(
+    converted, diffusers_folder, tmp_path, capsys
+):
+    whole, source = converted("binary"), SHARED / "fixtures" / "sdseg_binary_tiny.ckpt"
+    options = ("--image-size", SIZE, "--out", tmp_path / "small", "--autoencoder")
+    assert sdseg("convert", source, *options, diffusers_folder) == 1
+    assert "is not the checkpoint's autoencoder" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "small").exists()
+    assert sdseg("convert", source, *options, whole / "autoencoder") == 0
+    assert not (tmp_path / "small" / "autoencoder").exists()
+    image = np.full((SIZE, SIZE, 3), 90, np.uint8)
+    one, other = (
+        load_pipeline(str(folder))(image).probabilities[0] for folder in (whole, tmp_path / "small")
+    )
+    assert np.allclose(one, other, atol=1e-6)

@@ -53,6 +53,19 @@ def test_a_predicted_noise_is_computed_in_fp32_unless_told_otherwise(tiny_recipe
     assert choose_precision("auto", gpu, predicts_noise=clean) == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "multiclass", "rows", "channels"),
+    [(2, "class_conditional", None, 4), (5, "class_conditional", 5, 4), (5, "joint", None, 16)],
+)
+def test_several_classes_are_a_class_embedding_or_latents_side_by_side(
+    num_classes, multiclass, rows, channels, tiny_recipe
+):
+    unet = build_networks(tiny_recipe({"model.multiclass": multiclass}), num_classes).unet
+    assert unet.config["num_class_embeds"] == rows
+    assert unet.config["latent_channels"] == channels
+    assert unet.conv_in.in_channels == channels + 4
+
+
 @pytest.mark.faults
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU here")
 def test_an_apple_gpu_that_is_not_there_is_said():

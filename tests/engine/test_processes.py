@@ -42,6 +42,7 @@ TRAININGS = {
     "off": {**TIMM, "objective.diffusion": "off", "objective.pixel_weight": 1.0},
     "frozen": {"model.freeze_image_encoder": True, "train.trackers": ["tensorboard"]},
     "organs": {"data.dataset": "ORGANS", "model.fusion": "multiscale", "objective.pixel_weight": 1.0},
+    "joint": {"data.dataset": "ORGANS", "model.fusion": "attention", "model.multiclass": "joint"},
 }
 IMAGES = 7
 

@@ -86,6 +86,9 @@ EFFECTS: list[tuple[dict[str, Any], str, Any, str]] = [
     (TIMM, "model.conditioning_channels", 8, LOSS),
     ({}, "model.fusion", "multiscale", LOSS),
     (TIMM, "model.fusion", "multiscale", LOSS),
+    ({}, "model.fusion", "attention", LOSS),
+    (TIMM, "model.fusion", "attention", LOSS),
+    ({"data.dataset": "ORGANS"}, "model.multiclass", "joint", LOSS),
     ({}, "model.unet_channels", [32, 64], LOSS),
     ({}, "model.unet_channels", [64, 64, 64], LOSS),
     ({"model.unet_attention_strides": []}, "model.unet_channels", [32], LOSS),
@@ -118,6 +121,7 @@ EFFECTS: list[tuple[dict[str, Any], str, Any, str]] = [
     ({}, "train.ema_decay", 0.05, MODEL),
     ({}, "train.ema_decay", 0.0, MODEL),
     ({}, "train.ema_scope", "all", MODEL),
+    ({"model.autoencoder": "KL"}, "train.embed_autoencoder", False, MODEL),
     ({}, "train.precision", "bf16", LOSS),
     ({}, "train.seed", 1, LOSS),
     ({"objective.num_train_timesteps": 50}, "sampling.num_inference_steps", 3, PICTURE),
@@ -262,7 +266,7 @@ def valid_objectives() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("encoder", ["kl", "timm"])
-@pytest.mark.parametrize("fusion", ["input", "multiscale"])
+@pytest.mark.parametrize("fusion", ["input", "multiscale", "attention"])
 def test_every_objective_learns_something_else_with_every_encoder_and_fusion(
     encoder, fusion, tiny_recipe, trained, tmp_path
 ):
@@ -277,15 +281,23 @@ def test_every_objective_learns_something_else_with_every_encoder_and_fusion(
         assert len({getattr(result, changed) for result in found}) == 7
 
 
-def test_every_objective_learns_several_classes(organs, tiny_recipe, trained, tmp_path):
-    several = {"data.dataset": str(organs), "model.fusion": "multiscale"}
+@pytest.mark.parametrize("multiclass", ["class_conditional", "joint"])
+def test_every_objective_learns_several_classes(multiclass, organs, tiny_recipe, trained, tmp_path):
+    several = {
+        "data.dataset": str(organs),
+        "model.fusion": "multiscale",
+        "model.multiclass": multiclass,
+        "objective.pixel_weight": 1.0,
+    }
     found = [
         trained(tiny_recipe({**several, **objective}), tmp_path / str(index))
         for index, objective in enumerate(valid_objectives())
     ]
     assert len({tuple(result.losses) for result in found}) == 7
     pipeline = load_pipeline(str(found[0].run.model))
-    assert pipeline.unet.config.num_class_embeds == 4
+    assert (pipeline.unet.config.num_class_embeds, pipeline.unet.config.latent_channels) == (
+        (None, 12) if multiclass == "joint" else (4, 4)
+    )
     image = np.full((32, 32, 3), 90, np.uint8)
     assert pipeline(image).probabilities[0].shape == (4, 32, 32)
 
@@ -427,6 +439,47 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(encoder, tiny_rec
     assert losses == pytest.approx(trained(plain, tmp_path / "plain").losses, rel=1e-5)
     memory = [examine(recipe, device="cpu").memory_parts_gib["activations"] for recipe in (recomputed, plain)]
     assert memory[0] < 0.9 * memory[1]
+
+
+# Several masks at once ------------------------------------------------------------------------------
+
+
+def test_a_joint_training_sees_the_noisy_latents_of_all_class_masks(
+    organs, seen, trained, tiny_recipe, tmp_path, monkeypatch
+):
+    encoded = []
+    posterior = training.posterior
+    monkeypatch.setattr(training, "posterior", lambda *a: (encoded.append(a[1]), posterior(*a))[1])
+    batches = []
+    losses = training.Training._losses
+    monkeypatch.setattr(
+        training.Training, "_losses", lambda self, batch: (batches.append(batch), losses(self, batch))[1]
+    )
+    trained(tiny_recipe({"data.dataset": str(organs), "model.multiclass": "joint"}), tmp_path / "run")
+    assert {latent.shape for latent, _ in seen} == {(4, 12, 4, 4)}
+    for masks, batch in zip(encoded, batches, strict=True):
+        assert masks.shape == (4, 3, 32, 32)
+        rebuilt = sum(masks[:, index] * (index + 1) for index in range(3))
+        assert torch.equal(rebuilt, batch["label_map"].float())
+        assert len(torch.unique(rebuilt)) > 2
+
+
+def test_the_scale_of_joint_latents_is_that_of_the_classes_masks(organs, trained, tiny_recipe, tmp_path):
+    changes = {"data.dataset": str(organs)}
+    scales = [
+        trained(tiny_recipe({**changes, "model.multiclass": word}), tmp_path / word).run.read_run_json()[
+            "latent_scale"
+        ]
+        for word in ("joint", "class_conditional")
+    ]
+    assert 0 < scales[0] < 100
+    assert scales[0] != scales[1]  # the latter also counts the masks of "anything but background"
+
+
+@pytest.mark.faults
+def test_a_joint_training_on_a_single_class_is_refused_with_the_remedy(tiny_recipe, trained, tmp_path):
+    with pytest.raises(DataError, match=r"single foreground class.*multiclass=class_conditional"):
+        trained(tiny_recipe({"model.multiclass": "joint"}), tmp_path / "run")
 
 
 # The objective --------------------------------------------------------------------------------------
@@ -644,6 +697,7 @@ def uninterrupted() -> dict[str, dict]:
         ("kl", 3, signal.SIGINT),
         *(("BatchNorm", step, signal.SIGTERM) for step in (3, 5)),
         *(("organs", step, signal.SIGTERM) for step in (3, 5)),
+        ("joint", 5, signal.SIGTERM),
     ],
 )
 def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
@@ -657,6 +711,12 @@ def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
             "model.fusion": "multiscale",
         },
         "organs": {"data.dataset": str(organs), **VELOCITY, "objective.pixel_weight": 0.5},
+        "joint": {
+            "data.dataset": str(organs),
+            "model.multiclass": "joint",
+            "model.fusion": "attention",
+            "objective.pixel_weight": 0.5,
+        },
     }[networks]
     recipe = tiny_recipe({**RESUMED, **changes})
     if networks not in uninterrupted:

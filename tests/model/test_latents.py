@@ -8,6 +8,7 @@ from sdseg_cli.core.model.latents import (
     decode_latents,
     decode_logits,
     decode_scores,
+    masks_per_latent,
     posterior,
     sample_latents,
     spatial_factor,
@@ -121,3 +122,23 @@ def test_log_odds_keep_a_gradient_where_the_mask_is_certain(autoencoder):
     logits.sum().backward()
     assert torch.isfinite(latents.grad).all()
     assert (latents.grad != 0).any()
+
+
+def test_several_masks_lie_behind_one_another_in_a_latent_and_are_decoded_apart():
+    autoencoder = MaskAutoencoder(encoder_channels=(8, 8), decoder_channels=(8, 8)).eval()
+    masks = (torch.rand(2, 3, 32, 32) > 0.5).float()
+    noise = torch.randn(2, 12, 4, 4)
+    assert masks_per_latent(autoencoder, 12) == 3
+    with torch.no_grad():
+        together = sample_latents(posterior(autoencoder, masks), noise, 0.5)
+        assert together.shape == (2, 12, 4, 4)
+        for index in range(3):
+            part = slice(4 * index, 4 * index + 4)
+            alone = sample_latents(posterior(autoencoder, masks[:, index : index + 1]), noise[:, part], 0.5)
+            assert torch.allclose(together[:, part], alone, atol=1e-6)
+            for decode in (decode_scores, decode_logits, decode_latents):
+                assert torch.allclose(
+                    decode(autoencoder, together, 0.5)[:, index : index + 1],
+                    decode(autoencoder, alone, 0.5),
+                    atol=1e-6,
+                )

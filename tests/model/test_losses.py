@@ -122,3 +122,14 @@ def test_every_sample_has_its_own_loss():
     alone = torch.cat([pixel_loss(scores[i : i + 1], masks[i : i + 1]) for i in range(3)])
     assert together.shape == (3,)
     assert torch.allclose(together, alone)
+
+
+def test_the_background_of_several_masks_has_log_odds_of_zero():
+    # Two masks of log-odds ln 3 and 0 at one pixel: softmax over (0, ln 3, 0) gives the first 3 / 5.
+    logits = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)
+    first = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    dice = (1 - (2 * 0.6 + 1) / (1.6 + 1), 1 - 1 / (0.2 + 1))
+    assert pixel_loss(logits, first).item() == pytest.approx(-math.log(0.6) + sum(dice) / 2, abs=1e-5)
+    dice = (1 - 1 / (0.6 + 1), 1 - 1 / (0.2 + 1))
+    expected = -math.log(0.2) + sum(dice) / 2  # all background
+    assert pixel_loss(logits, torch.zeros(1, 2, 1, 1)).item() == pytest.approx(expected, abs=1e-5)

@@ -1,11 +1,14 @@
 """The pipeline: saving, noise, samples, classes, steps, and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+from sdseg_cli.core.errors import ModelError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -17,7 +20,7 @@ from sdseg_cli.core.model.pipeline import (
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
-from sdseg_cli.core.model.weights import load_pipeline
+from sdseg_cli.core.model.weights import load_pipeline, refer_to_autoencoder
 
 SIZE = 32
 # Of probabilities: tensors read from a file lie elsewhere in memory, and arithmetic depends on where.
@@ -31,6 +34,7 @@ def make(
     encoder: str = "kl",
     fusion: str = "input",
     prediction="epsilon",
+    joint: bool = False,
     **config,
 ) -> SDSegPipeline:
     torch.manual_seed(0)
@@ -47,7 +51,8 @@ def make(
         heads=4,
         attention_strides=(2,),
         fusion=fusion,
-        num_class_embeds=len(classes) if len(classes) > 2 else None,
+        latent_channels=4 * (len(classes) - 1) if joint else 4,
+        num_class_embeds=len(classes) if len(classes) > 2 and not joint else None,
     )
     with torch.no_grad():  # outputs that depend visibly on everything
         unet.conv_out.weight.mul_(3)
@@ -81,12 +86,22 @@ def organs() -> SDSegPipeline:
     return make(ORGANS)
 
 
+@pytest.fixture(scope="module")
+def joint() -> SDSegPipeline:
+    return make(ORGANS, joint=True)
+
+
 # Saving and loading
 
 
 @pytest.mark.parametrize(
     ("encoder", "fusion", "prediction"),
-    [("kl", "input", "epsilon"), ("kl", "multiscale", "sample"), ("test_resnet", "multiscale", "velocity")],
+    [
+        ("kl", "input", "epsilon"),
+        ("kl", "multiscale", "sample"),
+        ("kl", "attention", "epsilon"),
+        ("test_resnet", "multiscale", "velocity"),
+    ],
 )
 def test_a_saved_pipeline_predicts_the_same_when_loaded(encoder, fusion, prediction, tmp_path):
     pipeline = make(encoder=encoder, fusion=fusion, prediction=prediction)
@@ -94,6 +109,9 @@ def test_a_saved_pipeline_predicts_the_same_when_loaded(encoder, fusion, predict
     loaded = SDSegPipeline.from_pretrained(tmp_path)
     before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (pipeline, loaded))
     np.testing.assert_allclose(before, after, rtol=0, atol=SAME)
+    for name in ("unet", "image_encoder", "autoencoder"):
+        own, other = (getattr(pipe, name).state_dict() for pipe in (pipeline, loaded))
+        assert all(torch.equal(own[key], other[key]) for key in own)
     assert loaded.scheduler.config["prediction_type"] == pipeline.scheduler.config["prediction_type"]
 
 
@@ -108,6 +126,56 @@ def test_what_a_pipeline_knows_is_saved_with_it(tmp_path):
     assert dict(loaded.config.training_data) == training_data
     assert (loaded.config.image_size, loaded.config.resize) == (SIZE, "pad")
     assert (loaded.config.latent_scale, loaded.config.noise) == (0.125, "zeros")
+
+
+@pytest.fixture
+def referring(tmp_path) -> tuple[SDSegPipeline, Path, Path]:
+    """A pipeline, the folder of a model that refers to its autoencoder, and the folder of the latter."""
+    pipeline = make()
+    pipeline.autoencoder.save_pretrained(tmp_path / "weights")
+    reference = refer_to_autoencoder(str(tmp_path / "weights"), pipeline.autoencoder)
+    pipeline.register_to_config(autoencoder_reference=reference)
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline, tmp_path / "model", tmp_path / "weights"
+
+
+def test_an_autoencoder_that_is_referred_to_is_not_saved_and_found_again(referring):
+    pipeline, model, _ = referring
+    assert pipeline.autoencoder is not None
+    assert not (model / "autoencoder").exists()
+    for loaded in (SDSegPipeline.from_pretrained(model), load_pipeline(str(model))):
+        before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (pipeline, loaded))
+        assert np.allclose(before, after, atol=1e-6)
+
+
+@pytest.mark.faults
+def test_an_autoencoder_that_is_gone_or_another_one_is_named_with_the_remedy(referring):
+    _, model, weights = referring
+    weights.rename(weights.with_name("moved"))
+    with pytest.raises(ModelError, match=rf"refers to {weights}, which cannot be read\. Put it back"):
+        load_pipeline(str(model))
+    torch.manual_seed(7)
+    MaskAutoencoder(encoder_channels=(8, 8), decoder_channels=(8, 8)).save_pretrained(weights)
+    with pytest.raises(ModelError, match=r"its tensors differ\..*embed_autoencoder=true"):
+        load_pipeline(str(model))
+
+
+@pytest.mark.parametrize(("copied", "full", "half"), [(True, 1.7e9, 0.85e9), (False, 1.4e9, 0.7e9)])
+def test_the_papers_model_is_as_small_as_promised(copied, full, half):
+    with torch.device("meta"):
+        parts = [SDSegUNet(), KLImageEncoder()]
+        if copied:
+            parts.append(
+                AutoencoderKL(
+                    block_out_channels=(128, 256, 512, 512),
+                    down_block_types=("DownEncoderBlock2D",) * 4,
+                    up_block_types=("UpDecoderBlock2D",) * 4,
+                    layers_per_block=2,
+                )
+            )
+    weights = sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
+    assert 4 * weights < full
+    assert 2 * weights < half
 
 
 def test_components_carry_their_documented_names(binary):
@@ -289,6 +357,37 @@ def test_every_class_has_its_own_reverse_process_and_the_backgrounds_is_negated(
             assert torch.allclose(scores[:, index], -expected if index == 0 else expected, atol=1e-4)
 
 
+def test_all_masks_are_denoised_jointly_in_one_call_and_decoded_in_one_batch(joint, monkeypatch):
+    noise = joint.draw_noise([(0, "a", 0, 0), (0, "b", 0, 0)])
+    assert noise.shape == (2, 12, 4, 4)
+    calls = []
+    forward, decode = SDSegUNet.forward, MaskAutoencoder.decode
+    monkeypatch.setattr(SDSegUNet, "forward", lambda *a: (calls.append("unet"), forward(*a))[1])
+    monkeypatch.setattr(MaskAutoencoder, "decode", lambda *a: (calls.append("decode"), decode(*a))[1])
+    with torch.no_grad():
+        conditioning = joint.image_encoder(joint.normalise(np.stack(pictures(2))))
+        scores = joint.denoise(conditioning, noise, 1)
+        assert calls == ["unet", "decode"]
+        output = joint.unet(noise, torch.full((2,), 999), conditioning)
+        latent = joint.scheduler.step(output, 999, noise).pred_original_sample
+        for index in range(3):
+            part = latent[:, 4 * index : 4 * index + 4] / joint.config.latent_scale
+            expected = joint.autoencoder.decode(part).sample[:, 0]
+            assert torch.allclose(scores[:, index + 1], expected, atol=1e-5)
+    assert torch.equal(scores[:, 0], -scores[:, 1:].amax(dim=1))
+
+
+def test_a_joint_pipeline_is_saved_and_loaded_and_its_noise_depends_on_the_case_alone(joint, tmp_path):
+    joint.save_pretrained(tmp_path)
+    loaded = load_pipeline(str(tmp_path))
+    before, after = (pipe(pictures(2), seed=3).probabilities for pipe in (joint, loaded))
+    assert np.allclose(before, after, atol=1e-6)
+    assert before[0].shape == (4, SIZE, SIZE)
+    alone = loaded(pictures(2)[1], seed=3, case_ids=["1"]).probabilities[0]
+    assert np.allclose(alone, after[1], atol=1e-5)
+    assert not np.allclose(loaded(pictures(2), seed=4).probabilities[0], after[0], atol=1e-4)
+
+
 def test_fewer_classes_than_embeddings_use_the_first_embeddings(organs):
     torch.manual_seed(0)
     fewer = SDSegPipeline(
@@ -300,7 +399,7 @@ def test_fewer_classes_than_embeddings_use_the_first_embeddings(organs):
     assert fewer(pictures(1)).probabilities[0].shape == (3, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("pipeline_name", ["binary", "organs"])
+@pytest.mark.parametrize("pipeline_name", ["binary", "organs", "joint"])
 def test_probabilities_sum_to_one_on_the_images_own_grid(pipeline_name, request):
     pipeline = request.getfixturevalue(pipeline_name)
     output = pipeline(pictures(1, 37, 61) + pictures(1, 90, 20))

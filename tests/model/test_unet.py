@@ -1,4 +1,4 @@
-"""The denoiser: the paper's size, its constant head count, its attention and its two fusions."""
+"""The denoiser: the paper's size, its constant head count, its attention and its three fusions."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 
 from sdseg_cli.core.model.image_encoder import KLImageEncoder
-from sdseg_cli.core.model.unet import SDSegUNet
+from sdseg_cli.core.model.unet import SDSegUNet, _places
 
 
 def tiny(**changes) -> SDSegUNet:
@@ -205,6 +205,55 @@ def test_multiscale_fusion_survives_saving_and_loading(tmp_path):
     loaded = SDSegUNet.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(*inputs(channels=7)), unet(*inputs(channels=7)), rtol=0, atol=1e-5)
+
+
+def awake(unet: SDSegUNet) -> SDSegUNet:
+    """The attention to the image starts with no effect; give it one."""
+    with torch.no_grad():
+        for module in unet.attentions.values():
+            module.attention.to_out[0].weight.normal_(std=0.5)
+    return unet
+
+
+def test_attention_fusion_sits_at_every_level_with_attention_and_in_the_middle():
+    unet = tiny(fusion="attention", attention_strides=(1, 4))
+    assert set(unet.attentions) == {"down0", "down2", "middle", "up0", "up2"}
+    assert {module.attention.heads for module in unet.attentions.values()} == {4}
+    assert unet.conv_in.in_channels == 4
+    noisy, timestep, conditioning = inputs(levels=1)
+    with torch.no_grad():
+        assert unet(noisy, timestep, conditioning).shape == noisy.shape
+
+
+def test_attention_fusion_begins_without_the_image_and_learns_to_read_it():
+    noisy, timestep, conditioning = inputs(levels=1)
+    other = [conditioning[0].flip(3)]  # the same features at other places
+    unet = tiny(fusion="attention")
+    with torch.no_grad():
+        assert torch.equal(unet(noisy, timestep, conditioning), unet(noisy, timestep, other))
+        awake(unet)
+        difference = unet(noisy, timestep, conditioning) - unet(noisy, timestep, other)
+    assert difference.abs().max() > 1e-3
+    conditioning[0].requires_grad_()
+    unet(noisy, timestep, conditioning).square().mean().backward()
+    assert conditioning[0].grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_the_places_of_a_coarse_grid_are_those_of_the_fine_one():
+    like = torch.zeros(1)
+    fine = _places(32, torch.Size([8, 8]), 8, like).view(8, 8, 32)
+    coarse = _places(32, torch.Size([4, 4]), 8, like).view(4, 4, 32)
+    assert torch.allclose(coarse, fine[::2, ::2])
+    assert len(torch.unique(fine.view(64, 32), dim=0)) == 64
+
+
+def test_attention_fusion_survives_saving_and_loading(tmp_path):
+    unet = awake(tiny(fusion="attention", conditioning_channels=7))
+    unet.save_pretrained(tmp_path)
+    loaded = SDSegUNet.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs(channels=7)), unet(*inputs(channels=7)))
 
 
 def test_recomputing_activations_changes_neither_output_nor_gradient():

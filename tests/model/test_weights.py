@@ -60,7 +60,7 @@ def unet(**changes) -> SDSegUNet:
         "heads": 4,
         "attention_strides": (2,),
         "dropout": 0.0,
-        "num_classes": 2,
+        "num_class_embeds": None,
     }
     return build_unet(**{**settings, **changes})
 
@@ -215,9 +215,32 @@ def test_published_weights_of_a_backbone_that_cannot_be_had_are_never_replaced_b
 # U-Net
 
 
-def test_more_than_two_classes_make_a_unet_class_conditional():
-    assert unet(num_classes=2).config["num_class_embeds"] is None
-    assert unet(num_classes=5).config["num_class_embeds"] == 5
+@pytest.mark.parametrize(
+    "changes", [{"num_class_embeds": 3}, {"fusion": "multiscale"}, {"fusion": "attention"}]
+)
+def test_a_start_without_the_layers_of_classes_and_fusion_is_completed(changes, tmp_path):
+    start = unet(attention_strides=(1,))
+    with torch.no_grad():
+        start.conv_in.weight[:, 4:] = 0  # as a converted start
+    start.save_pretrained(tmp_path)
+    loaded = unet(weights=str(tmp_path), attention_strides=(1,), **changes)
+    own = loaded.state_dict()
+    for name, value in start.state_dict().items():
+        assert torch.equal(own[name], value[:, :4] if own[name].shape != value.shape else value), name
+
+
+@pytest.mark.faults
+def test_conditioning_that_a_start_reads_is_not_cut_off_for_attention(tmp_path):
+    unet(attention_strides=(1,)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"do not fit.*conv_in\.weight"):
+        unet(weights=str(tmp_path), attention_strides=(1,), fusion="attention")
+
+
+@pytest.mark.faults
+def test_a_start_of_one_mask_does_not_fit_a_joint_unet_and_says_what_does(tmp_path):
+    unet().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"gives 4 channels of latent, the recipe's 12\. .*start at random"):
+        unet(weights=str(tmp_path), latent_channels=12)
 
 
 @pytest.mark.parametrize("as_folder", [True, False])

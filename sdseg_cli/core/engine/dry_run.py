@@ -93,13 +93,14 @@ def examine(recipe: Recipe, *, device: str = "auto") -> DryRun:
     dataset = PreparedDataset.open(recipe.data.dataset)
     check_dataset(recipe, dataset.manifest)
     networks = build_networks(recipe, dataset.manifest.num_classes)
-    ceiling, measured = _ceiling(networks, dataset, chosen)
+    joint = recipe.model.multiclass == "joint"
+    ceiling, measured = _ceiling(networks, dataset, chosen, joint=joint)
     network = TrainableNetwork(
         networks,
         freeze_image_encoder=recipe.model.freeze_image_encoder,
         recompute=recipe.train.gradient_checkpointing,
     )
-    parts = _memory(recipe, networks, network, dataset.manifest.num_classes, precision)
+    parts = _memory(recipe, networks, network, precision)
     manifest = dataset.manifest
     return DryRun(
         device=str(chosen),
@@ -120,26 +121,29 @@ def examine(recipe: Recipe, *, device: str = "auto") -> DryRun:
     )
 
 
-def _ceiling(networks: Networks, dataset: PreparedDataset, device: torch.device) -> tuple[float | None, int]:
+def _ceiling(
+    networks: Networks, dataset: PreparedDataset, device: torch.device, *, joint: bool
+) -> tuple[float | None, int]:
     if networks.autoencoder is None:
         return None, 0
     split = dataset.split("validation")
     order = np.random.default_rng(derive_seed("ceiling")).permutation(len(split))[:_CEILING_SAMPLE]
-    conditional = dataset.manifest.num_classes > 2
-    masks = list(present_masks([split[int(i)] for i in order], class_conditional=conditional))
+    several = dataset.manifest.num_classes > 2
+    slices = [split[int(i)] for i in order]
+    masks = list(present_masks(slices, class_conditional=several and not joint, joint=joint))
     scores = reconstruction_dice(networks.autoencoder.to(device), masks, device=device)
     return (float(scores.mean()) if len(scores) else None), len(scores)
 
 
 def _memory(
-    recipe: Recipe, networks: Networks, network: TrainableNetwork, num_classes: int, precision: str
+    recipe: Recipe, networks: Networks, network: TrainableNetwork, precision: str
 ) -> dict[str, float]:
     """Count bytes: weights, gradients, AdamW's two moments, averages, and what the backward pass keeps."""
     trained = _size(network, trained=True)
     frozen = sum(count_parameters(networks).values()) - trained
     averaged = sum(p.numel() for p in network.averaged_parameters(recipe.train.ema_scope))
     part = recipe.train.batch_size // recipe.train.gradient_accumulation
-    activations = _activation_bytes(recipe, networks, network, num_classes)
+    activations = _activation_bytes(recipe, networks, network)
     if precision != "fp32":
         activations //= 2
     sizes = {
@@ -152,7 +156,7 @@ def _memory(
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
-def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetwork, num_classes: int) -> int:
+def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetwork) -> int:
     """Bytes that one image's backward pass keeps, counted on the meta device, where nothing is computed."""
     twin = copy.deepcopy(network).to("meta").train()
     twin._frozen = [copy.deepcopy(encoder).to("meta") for encoder in network._frozen]
@@ -173,11 +177,12 @@ def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetw
     arguments: list[torch.Tensor | None] = []
     if networks.autoencoder is not None:
         side = size // spatial_factor(networks.autoencoder)
-        channels = networks.autoencoder.config["latent_channels"]
+        unet = networks.unet.config
+        by_class = unet["num_class_embeds"] is not None
         arguments = [
-            torch.empty(1, channels, side, side, device="meta"),
+            torch.empty(1, unet["latent_channels"], side, side, device="meta"),
             torch.zeros(1, dtype=torch.long, device="meta"),
-            torch.zeros(1, dtype=torch.long, device="meta") if num_classes > 2 else None,
+            torch.zeros(1, dtype=torch.long, device="meta") if by_class else None,
         ]
     with saved_tensors_hooks(note, lambda tensor: tensor):
         twin(images, *arguments)

@@ -21,6 +21,7 @@ from sdseg_cli.core.model.weights import (
     build_plain_unet,
     build_unet,
     load_autoencoder,
+    refer_to_autoencoder,
 )
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.seeding import derive_seed
@@ -34,6 +35,7 @@ class Networks:
     image_encoder: ImageEncoder | None
     autoencoder: Autoencoder | None
     scheduler: DDIMScheduler | None
+    autoencoder_reference: dict[str, str] | None = None  # None: saved with the model
 
     def pipeline(self, manifest: DatasetManifest, recipe: Recipe, latent_scale: float) -> SDSegPipeline:
         """Join them to a pipeline."""
@@ -48,6 +50,7 @@ class Networks:
             latent_scale=latent_scale,
             noise=recipe.objective.noise,
             training_data={"name": manifest.name, "fingerprint": manifest.fingerprint},
+            autoencoder_reference=self.autoencoder_reference,
         )
 
 
@@ -63,7 +66,8 @@ def build_networks(recipe: Recipe, num_classes: int) -> Networks:
         if objective.diffusion == "off":
             return Networks(build_plain_unet(model.image_encoder, num_classes), None, None, None)
         autoencoder = load_autoencoder(model.autoencoder)
-        latent_channels = autoencoder.config["latent_channels"]
+        joint = model.multiclass == "joint"
+        masks = num_classes - 1 if joint else 1
         image_encoder = build_image_encoder(
             model.image_encoder,
             weights=model.image_encoder_weights,
@@ -77,7 +81,7 @@ def build_networks(recipe: Recipe, num_classes: int) -> Networks:
         unet = build_unet(
             weights=model.unet_weights,
             sample_size=recipe.data.image_size // 8,
-            latent_channels=latent_channels,
+            latent_channels=autoencoder.config["latent_channels"] * masks,
             conditioning_channels=model.conditioning_channels,
             fusion=model.fusion,
             channels=model.unet_channels,
@@ -85,12 +89,15 @@ def build_networks(recipe: Recipe, num_classes: int) -> Networks:
             heads=model.unet_heads,
             attention_strides=model.unet_attention_strides,
             dropout=model.unet_dropout,
-            num_classes=num_classes,
+            num_class_embeds=num_classes if num_classes > 2 and not joint else None,
         )
     scheduler = make_scheduler(
         objective.prediction, objective.num_train_timesteps, objective.beta_start, objective.beta_end
     )
-    return Networks(unet, image_encoder, autoencoder, scheduler)
+    reference = None
+    if not recipe.train.embed_autoencoder:
+        reference = refer_to_autoencoder(model.autoencoder, autoencoder)
+    return Networks(unet, image_encoder, autoencoder, scheduler, reference)
 
 
 def count_parameters(networks: Networks) -> dict[str, int]:
@@ -186,6 +193,12 @@ def check_dataset(recipe: Recipe, manifest: DatasetManifest) -> None:
             f"dataset {recipe.data.dataset} is prepared at {manifest.image_size} pixels, recipe "
             f"{recipe.name!r} asks for data.image_size {recipe.data.image_size}. Prepare it again with "
             f"--size {recipe.data.image_size}, or train with --set data.image_size={manifest.image_size}."
+        )
+    if recipe.model.multiclass == "joint" and manifest.num_classes == 2:
+        raise DataError(
+            f"dataset {recipe.data.dataset} has a single foreground class, {manifest.classes[1]}; "
+            "model.multiclass: joint denoises several masks at once. Use --set "
+            "model.multiclass=class_conditional, which is the plain binary model there."
         )
     for split in ("train", "validation"):
         if not manifest.splits.get(split):

@@ -38,6 +38,7 @@ from sdseg_cli.core.engine.training_data import (
     StepBatches,
     TrainingSamples,
     make_loader,
+    masks_of_classes,
     present_masks,
 )
 from sdseg_cli.core.engine.training_records import (
@@ -316,7 +317,7 @@ class Training:
         latent_shape = (1, 1, 1)
         if autoencoder is not None:
             side = self.manifest.image_size // spatial_factor(autoencoder)
-            latent_shape = (autoencoder.config["latent_channels"], side, side)
+            latent_shape = (self.networks.unet.config["latent_channels"], side, side)
         samples = TrainingSamples(
             split,
             make_augmentation(self.recipe),
@@ -376,8 +377,11 @@ class Training:
             return {"loss": objective.pixel_weight * pixels, "pixel_loss": pixels.detach()}
 
         scale, scheduler = self.progress.latent_scale, self.networks.scheduler
+        masks = batch["mask"]
+        if self._joint:
+            masks = masks_of_classes(batch["label_map"], self.manifest.num_classes)
         with torch.no_grad():
-            encoded = posterior(self.networks.autoencoder, batch["mask"])
+            encoded = posterior(self.networks.autoencoder, masks)
             clean = sample_latents(encoded, batch["posterior_noise"], scale)
             if objective.timesteps == "last":
                 noisy = batch["noise"]  # pure noise: at t = 999 the mixture still shows 2.6 % of the truth
@@ -392,7 +396,7 @@ class Training:
         reported = {"noise_loss": noise_loss.detach(), "latent_loss": latent_loss.detach()}
         if objective.pixel_weight > 0:
             logits = decode_logits(self.networks.autoencoder, parts.predicted_original, scale)
-            pixels = pixel_loss(logits, batch["mask"]).mean()
+            pixels = pixel_loss(logits, masks).mean()
             loss = loss + objective.pixel_weight * pixels
             reported["pixel_loss"] = pixels.detach()
         return {"loss": loss, **reported}
@@ -506,8 +510,12 @@ class Training:
     # Small things ---------------------------------------------------------------------------------
 
     @property
+    def _joint(self) -> bool:
+        return self.recipe.model.multiclass == "joint"
+
+    @property
     def _class_conditional(self) -> bool:
-        return self.manifest.num_classes > 2
+        return self.manifest.num_classes > 2 and not self._joint
 
     def _make_ema(self) -> EMAModel | None:
         settings = self.recipe.train
@@ -524,7 +532,8 @@ class Training:
             return float(wanted)
         split = self.dataset.split("train")
         chosen = np.random.default_rng(derive_seed("latent scale")).permutation(len(split))[:_SCALE_SAMPLE]
-        masks = present_masks([split[int(i)] for i in chosen], class_conditional=self._class_conditional)
+        slices = [split[int(i)] for i in chosen]
+        masks = present_masks(slices, class_conditional=self._class_conditional, joint=self._joint)
         return measure_scale(self.networks.autoencoder, list(masks), device=self.device)
 
     def _seconds(self) -> float:

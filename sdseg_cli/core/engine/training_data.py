@@ -167,12 +167,27 @@ def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def present_masks(split: Sequence[PreparedSlice], *, class_conditional: bool) -> Iterator[np.ndarray]:
-    """Yield the masks that training encodes, uint8 (S, S) in {0, 1}, for every slice of a split."""
+def masks_of_classes(label_maps: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Give the mask of every foreground class, float32 (B, K - 1, S, S), of label maps (B, S, S)."""
+    classes = torch.arange(1, num_classes, device=label_maps.device).view(1, -1, 1, 1)
+    return (label_maps[:, None] == classes).float()
+
+
+def present_masks(
+    split: Sequence[PreparedSlice], *, class_conditional: bool, joint: bool = False
+) -> Iterator[np.ndarray]:
+    """Yield the masks that training encodes, uint8 (S, S) in {0, 1}, for every slice of a split.
+
+    A class that a slice does not show has no mask here; a joint training encodes its empty mask too, but the
+    scale of the latents is that of masks with something in them.
+    """
     for item in split:
         labels = item.grid.labels_to_model(item.label_map)
-        if not class_conditional:
+        if not (class_conditional or joint):
             yield (labels != 0).astype(np.uint8)
             continue
         for label in np.unique(labels):
-            yield (labels != 0 if label == 0 else labels == label).astype(np.uint8)
+            if label != 0:
+                yield (labels == label).astype(np.uint8)
+            elif not joint:  # class 0 is "anything but background"
+                yield (labels != 0).astype(np.uint8)

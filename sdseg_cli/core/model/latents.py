@@ -31,21 +31,31 @@ def posterior(autoencoder: Autoencoder, masks: torch.Tensor) -> DiagonalGaussian
 
     Args:
         autoencoder: frozen.
-        masks: float, (B, 1, H, W), values in [0, 1].
+        masks: float, (B, M, H, W), values in [0, 1]; each of the M is a mask of its own.
 
     Returns:
-        The posterior over unscaled latents. The mask goes in as {-1, 1}, repeated to the autoencoder's input
-        channels (SDSeg, section 2.1).
+        The posterior over unscaled latents, (B * M, C, h, w). A mask goes in as {-1, 1}, repeated to the
+        autoencoder's input channels (SDSeg, section 2.1).
     """
-    pixels = (masks * 2 - 1).expand(-1, autoencoder.config["in_channels"], -1, -1)
+    pixels = (masks.flatten(0, 1)[:, None] * 2 - 1).expand(-1, autoencoder.config["in_channels"], -1, -1)
     return autoencoder.encode(pixels.to(autoencoder.dtype)).latent_dist
 
 
 def sample_latents(
     distribution: DiagonalGaussianDistribution, noise: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Sample scaled latents: (mean + std * noise) * scale, with the noise given."""
-    return (distribution.mean + distribution.std * noise.to(distribution.mean)) * scale
+    """Sample scaled latents: (mean + std * noise) * scale, with the noise given.
+
+    Args:
+        distribution: over (B * M, C, h, w).
+        noise: float, (B, M * C, h, w); the latents of an image's M masks lie behind one another.
+        scale: factor.
+
+    Returns:
+        float, of the noise's shape.
+    """
+    drawn = noise.to(distribution.mean).reshape(distribution.mean.shape)
+    return ((distribution.mean + distribution.std * drawn) * scale).reshape(noise.shape)
 
 
 def decode_scores(autoencoder: Autoencoder, latents: torch.Tensor, scale: float) -> torch.Tensor:
@@ -53,14 +63,14 @@ def decode_scores(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
 
     Args:
         autoencoder: frozen.
-        latents: float, (B, C, h, w), scaled.
+        latents: float, (B, M * C, h, w), scaled; M masks are decoded in one batch.
         scale: what the latents were multiplied by.
 
     Returns:
-        float32, (B, 1, H, W), the mean over the decoder's channels; about -1 outside and 1 inside the mask.
+        float32, (B, M, H, W), the mean over the decoder's channels; about -1 outside and 1 inside a mask.
     """
-    decoded = autoencoder.decode((latents / scale).to(autoencoder.dtype)).sample
-    return decoded.float().mean(dim=1, keepdim=True)
+    decoded = autoencoder.decode((_apart(autoencoder, latents) / scale).to(autoencoder.dtype)).sample
+    return _together(decoded.float().mean(dim=1), latents)
 
 
 def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float) -> torch.Tensor:
@@ -68,14 +78,15 @@ def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
 
     Args:
         autoencoder: frozen.
-        latents: float, (B, C, h, w), scaled.
+        latents: float, (B, M * C, h, w), scaled.
         scale: what the latents were multiplied by.
 
     Returns:
-        float32, (B, 1, H, W). Every pixel has a gradient, also one that is certain and wrong.
+        float32, (B, M, H, W). Every pixel has a gradient, also one that is certain and wrong.
     """
     if isinstance(autoencoder, MaskAutoencoder):
-        return autoencoder.decode_logits((latents / scale).to(autoencoder.dtype)).float()
+        unscaled = (_apart(autoencoder, latents) / scale).to(autoencoder.dtype)
+        return _together(autoencoder.decode_logits(unscaled).float()[:, 0], latents)
     # A KL decoder's score is tanh(logit / 2) read backwards; it overshoots its range, where the tangent goes
     # on: cut off there, a wrong pixel could not be mended.
     scores = decode_scores(autoencoder, latents, scale)
@@ -84,5 +95,20 @@ def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
 
 
 def decode_latents(autoencoder: Autoencoder, latents: torch.Tensor, scale: float) -> torch.Tensor:
-    """Decode scaled latents to probabilities, float32, (B, 1, H, W), in [0, 1]."""
+    """Decode scaled latents to probabilities, float32, (B, M, H, W), in [0, 1]."""
     return ((decode_scores(autoencoder, latents, scale) + 1) / 2).clamp(0, 1)
+
+
+def masks_per_latent(autoencoder: Autoencoder, channels: int) -> int:
+    """How many masks a latent of so many channels holds."""
+    return channels // autoencoder.config["latent_channels"]
+
+
+def _apart(autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """From (B, M * C, h, w) to (B * M, C, h, w)."""
+    return latents.reshape(-1, autoencoder.config["latent_channels"], *latents.shape[2:])
+
+
+def _together(decoded: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """From (B * M, H, W) to (B, M, H, W)."""
+    return decoded.reshape(len(latents), -1, *decoded.shape[1:])

@@ -60,14 +60,20 @@ def diffusion_loss(
 def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Compare decoded masks with the truth: cross-entropy plus soft Dice.
 
+    The background's log-odds are 0: with one mask the softmax is then the mask's own probability, with
+    several a pixel is background where no mask is likelier than not.
+
     Args:
-        logits: float, (B, 1, H, W), log-odds of the mask.
-        masks: float, (B, 1, H, W), in {0, 1}.
+        logits: float, (B, M, H, W), log-odds of each mask.
+        masks: float, (B, M, H, W), in {0, 1}, at most one of them at a pixel.
 
     Returns:
         float32, (B,).
     """
-    return segmentation_loss(torch.cat([torch.zeros_like(logits), logits], dim=1), masks[:, 0].long())
+    background = torch.zeros_like(logits[:, :1])
+    numbers = torch.arange(1, masks.shape[1] + 1, device=masks.device).view(1, -1, 1, 1)
+    label_maps = (masks.long() * numbers).amax(dim=1)
+    return segmentation_loss(torch.cat([background, logits], dim=1), label_maps)
 
 
 def segmentation_loss(logits: torch.Tensor, label_maps: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.image_encoder import ImageEncoder
-from sdseg_cli.core.model.latents import decode_scores, spatial_factor
+from sdseg_cli.core.model.latents import decode_scores, masks_per_latent, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import reverse_step
@@ -55,6 +57,8 @@ class SDSegPipeline(DiffusionPipeline):
         latent_scale: what latents are multiplied by.
         noise: ``gaussian``, or ``zeros`` for a model that was trained to start from zeros.
         training_data: what the model was trained on: the dataset's name and fingerprint.
+        autoencoder_reference: where the autoencoder is and what it holds (``location``, ``sha256``), if it is
+            not to be saved with the model but looked up when the model is loaded.
     """
 
     _optional_components = ["image_encoder", "autoencoder", "scheduler"]  # noqa: RUF012  (diffusers' own form)
@@ -71,6 +75,7 @@ class SDSegPipeline(DiffusionPipeline):
         latent_scale: float = 1.0,
         noise: str = "gaussian",
         training_data: dict | None = None,
+        autoencoder_reference: dict | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -83,7 +88,34 @@ class SDSegPipeline(DiffusionPipeline):
             latent_scale=latent_scale,
             noise=noise,
             training_data=training_data or {},
+            autoencoder_reference=autoencoder_reference,
         )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save as diffusers does; an autoencoder that is referred to is not copied."""
+        autoencoder = self.autoencoder
+        if self.config.autoencoder_reference:
+            self.register_modules(autoencoder=None)
+        try:
+            super().save_pretrained(save_directory, **options)
+        finally:
+            self.register_modules(autoencoder=autoencoder)
+
+    @classmethod
+    def from_pretrained(cls, location: str | Path, **options: Any) -> SDSegPipeline:
+        """Load as diffusers does, and the autoencoder from where it is referred to.
+
+        Raises:
+            ModelError: the autoencoder is not there any more, or is another one.
+        """
+        pipeline = super().from_pretrained(location, **options)
+        reference = pipeline.config.get("autoencoder_reference")
+        if reference and pipeline.autoencoder is None:
+            from sdseg_cli.core.model.weights import load_referenced_autoencoder  # which imports this module
+
+            autoencoder = load_referenced_autoencoder(reference["location"], reference["sha256"])
+            pipeline.register_modules(autoencoder=autoencoder.to(pipeline.device, pipeline.unet.dtype))
+        return pipeline
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -101,9 +133,9 @@ class SDSegPipeline(DiffusionPipeline):
         return not isinstance(self.unet, PlainUNet)
 
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
+        """(C, h, w) of what the U-Net denoises: the latent of one mask, or those of all of them."""
         side = self.config.image_size // spatial_factor(self.autoencoder)
-        return self.autoencoder.config["latent_channels"], side, side
+        return self.unet.config["latent_channels"], side, side
 
     @torch.no_grad()
     def __call__(
@@ -206,9 +238,10 @@ class SDSegPipeline(DiffusionPipeline):
             num_inference_steps: reverse steps.
 
         Returns:
-            float32 scores of about -1 to 1: (B, 1, S, S) for binary masks; (B, K, S, S) for K classes, one
-            reverse process per class, that of the background already negated (its mask is "anything but
-            background").
+            float32 scores of about -1 to 1: (B, 1, S, S) for binary masks, (B, K, S, S) for K classes.
+            A class-conditional U-Net runs one reverse process per class, that of the background already
+            negated (its mask is "anything but background"). A joint one runs once, and the background's
+            score is the largest of the others negated: it wins where no mask is likelier than not.
         """
         class_labels, num_maps = None, 1
         if self.unet.config["num_class_embeds"] is not None:
@@ -222,8 +255,10 @@ class SDSegPipeline(DiffusionPipeline):
             at = torch.full((len(latent),), timestep, device=noise.device)
             output = self.unet(latent.to(self.unet.dtype), at, conditioning, class_labels)
             latent = reverse_step(self.scheduler, output, latent, timestep, following)
-        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)  # (B * K, 1, S, S)
-        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])
+        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)
+        if masks_per_latent(self.autoencoder, latent.shape[1]) > 1:
+            return torch.cat([-scores.amax(dim=1, keepdim=True), scores], dim=1)
+        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])  # from (B * K, 1, S, S)
         if num_maps > 1:
             scores[:, 0] = -scores[:, 0]
         return scores

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _NO_DOWNLOAD = (
 )
 _PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches"}
 _ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
+_ADDED = ("class_embedding", "fusions", "attentions")  # of a U-Net, that a published start lacks
 _NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -114,6 +116,57 @@ def load_published_autoencoder(location: str) -> AutoencoderKL:
         f"{location} holds no KL autoencoder that can be read ({'; '.join(problems)}). Expected a checkpoint "
         "file, or the folder or hub id of a diffusers model with a vae."
     )
+
+
+def load_any_autoencoder(location: str) -> Autoencoder:
+    """Load an autoencoder from a folder or hub id, of an autoencoder or of a whole diffusers model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return load_autoencoder(location)
+    except UsageError:
+        return load_published_autoencoder(location)
+
+
+def refer_to_autoencoder(location: str, autoencoder: Autoencoder) -> dict[str, str]:
+    """Say where an autoencoder is, a folder by its full path, and what it holds (SHA-256 of its tensors)."""
+    folder = Path(location).expanduser()
+    place = str(folder.resolve()) if folder.is_dir() else location
+    return {"location": place, "sha256": _digest(autoencoder)}
+
+
+def load_referenced_autoencoder(location: str, sha256: str) -> Autoencoder:
+    """Load what :func:`refer_to_autoencoder` referred to.
+
+    Raises:
+        ModelError: it is not there any more, or is another one.
+    """
+    remedy = (
+        "Put it back there, or make the model again with a copy of its autoencoder (sdseg train with "
+        "train.embed_autoencoder=true; sdseg convert without --autoencoder)."
+    )
+    try:
+        autoencoder = load_any_autoencoder(location)
+    except ModelError as error:
+        raise ModelError(
+            f"the model holds no autoencoder but refers to {location}, which cannot be read. {remedy}"
+        ) from error
+    if _digest(autoencoder) != sha256:
+        raise ModelError(
+            f"the autoencoder at {location} is not the one that the model was made with: its tensors differ. "
+            + remedy
+        )
+    return autoencoder
+
+
+def _digest(autoencoder: Autoencoder) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _refuse_partial(missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -266,9 +319,11 @@ def build_unet(
     heads: int,
     attention_strides: Sequence[int],
     dropout: float,
-    num_classes: int,
+    num_class_embeds: int | None,
 ) -> SDSegUNet:
-    """Build the denoiser and fill it; see :class:`SDSegUNet`. More than two classes: class-conditional.
+    """Build the denoiser and fill it; see :class:`SDSegUNet`.
+
+    Layers that a fusion adds and the weights lack start as they are built, as the identity.
 
     Raises:
         UsageError: weights that cannot be had or do not fit.
@@ -283,14 +338,40 @@ def build_unet(
         heads=heads,
         attention_strides=tuple(attention_strides),
         dropout=dropout,
-        num_class_embeds=num_classes if num_classes > 2 else None,
+        num_class_embeds=num_class_embeds,
     )
     if weights != "random":
-        _load_state(unet, weights, "model.unet_weights")
+        _load_state(unet, weights, "model.unet_weights", fit=lambda state: _fitted_to(unet, state))
     return unet
 
 
-def _load_state(module: torch.nn.Module, location: str, key: str) -> None:
+def _fitted_to(unet: SDSegUNet, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fit a start to classes and to a fusion that it was not made for.
+
+    The embedding of the classes and the layers of the fusion are added as they are built. Input channels for
+    conditioning, which ``attention`` does not have, are left out if they are zero, as in a converted start.
+    """
+    own = unet.state_dict()
+    channels, found = unet.config["latent_channels"], state.get("conv_out.bias")
+    if found is not None and len(found) != channels:
+        raise RuntimeError(
+            f"conv_out gives {len(found)} channels of latent, the recipe's {channels}. With "
+            "model.multiclass: joint start at random, or from a U-Net trained jointly for as many classes"
+        )
+    added = {name: own[name] for name in own if name.split(".")[0] in _ADDED}
+    given, taken = state.get("conv_in.weight"), own["conv_in.weight"].shape[1]
+    if given is not None and unet.config["fusion"] == "attention" and not given[:, taken:].any():
+        state = {**state, "conv_in.weight": given[:, :taken].contiguous()}
+    return {**added, **state}
+
+
+def _load_state(
+    module: torch.nn.Module,
+    location: str,
+    key: str,
+    *,
+    fit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+) -> None:
     """Fill a network from a safetensors file, or from the folder that ``save_pretrained`` wrote."""
     path = Path(location)
     if path.is_dir():
@@ -298,7 +379,8 @@ def _load_state(module: torch.nn.Module, location: str, key: str) -> None:
     if not path.is_file():
         raise _missing(location, "weights", key, "diffusion_pytorch_model.safetensors")
     try:
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        module.load_state_dict(fit(state) if fit else state)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{key}: {path} cannot be read as safetensors: {error}") from error
     except RuntimeError as error:
@@ -318,8 +400,11 @@ def load_pipeline(location: str) -> SDSegPipeline:
         folder = location if Path(location).is_dir() else SDSegPipeline.download(location)
         pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
         for name, component in pipeline.components.items():
-            if isinstance(component, torch.nn.Module):
+            referred = name == "autoencoder" and pipeline.config.get("autoencoder_reference")
+            if isinstance(component, torch.nn.Module) and not referred:
                 _check_whole(component, Path(folder) / name)
+    except ModelError as error:
+        raise ModelError(f"model {location!r} cannot be loaded: {error}") from error
     except Exception as error:
         raise ModelError(
             f"model {location!r} cannot be loaded: {_reason(error)}. "
