@@ -18,9 +18,11 @@ def compile_if_wanted(predictor: Predictor, wanted: bool | None, images: int) ->
         wanted: what the user asked for, or None.
         images: how many this process will predict.
     """
-    from sdseg_cli.core.engine.acceleration import compile_cache, worth_compiling
+    from sdseg_cli.core.engine.acceleration import WORTH_COMPILING, compile_cache
 
-    if wanted is False or (wanted is None and not worth_compiling(predictor.device, images)):
+    if wanted is None:
+        wanted = images >= WORTH_COMPILING and predictor.device.type == "cuda"
+    if not wanted:
         return
     with console.working(f"compiling the networks (a minute or more; kept in {compile_cache()})"):
         reason = predictor.compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -74,7 +75,12 @@ def inputs(count: int) -> list[SliceInput]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("binary", "onnx"), ("binary", "openvino"), ("organs", "onnx"), ("plain", "openvino")],
+    [
+        ("organs", "onnx"),
+        ("plain", "openvino"),
+        pytest.param("binary", "onnx", marks=pytest.mark.slow),
+        pytest.param("binary", "openvino", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exported_model_predicts_what_the_model_does(name, kind, models, tmp_path, capsys):
     libraries_of(kind)
@@ -105,7 +111,7 @@ def test_a_graph_that_differs_is_not_kept(models, tmp_path, monkeypatch):
 
 @pytest.mark.faults
 def test_a_missing_library_is_named_with_the_extra(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(exported.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError))
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UsageError, match=r"onnx is not installed.*pip install 'sdseg\[export\]'"):
         command(str(models / "plain"), tmp_path / "out")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdseg_cli.core.engine import acceleration
-from sdseg_cli.core.engine.acceleration import compile_cache, fitting_batch, worth_compiling
+from sdseg_cli.core.engine.acceleration import compile_cache, fitting_batch
 from sdseg_cli.core.engine.inference import Predictor, SliceInput
 from sdseg_cli.core.errors import OutOfMemoryError
 from sdseg_cli.core.grid import Grid
@@ -246,12 +246,6 @@ def test_the_clean_latent_is_computed_in_float32_under_autocast(monkeypatch):
     for one, other in zip(found, exact, strict=True):
         assert one.probabilities.dtype == np.float32
         assert np.abs(one.probabilities - other.probabilities).max() < 0.2
-
-
-def test_compiling_is_expected_to_pay_on_a_gpu_with_many_images_alone():
-    assert worth_compiling(torch.device("cuda"), 5000)
-    assert not worth_compiling(torch.device("cuda"), 20)
-    assert not worth_compiling(torch.device("cpu"), 10**6)
 
 
 def test_compiled_networks_are_kept_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):

@@ -23,11 +23,6 @@ def use_channels_last(networks: list[nn.Module], device: torch.device) -> None:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def worth_compiling(device: torch.device, images: int) -> bool:
-    """Whether compiling is expected to pay: on a GPU, with enough images. A CPU's compiler takes minutes."""
-    return device.type == "cuda" and images >= WORTH_COMPILING
-
-
 def compile_cache() -> Path:
     """Folder of compiled networks: TORCHINDUCTOR_CACHE_DIR, else in the user's cache folder."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
