@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -245,6 +246,11 @@ class Subject:
         return total / 1e9, {name: flops / max(total, 1) for name, flops in per_part.items()}
 
 
+@lru_cache
+def counted_flops(family: str, device: str, size: int, tiny: bool) -> tuple[float, dict[str, float]]:
+    return Subject(Variant(family), torch.device(device), size, tiny).count_flops()
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -328,9 +334,8 @@ def one_round(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if not result.gflop_per_image:  # counted on networks as written: a compiled graph hides its operations
-        plain = Subject(Variant(variant.family), device, options.size, options.tiny)
-        result.gflop_per_image, result.shares = plain.count_flops()
-        del plain
+        counted = counted_flops(variant.family, str(device), options.size, options.tiny)
+        result.gflop_per_image, result.shares = counted
     subject = Subject(variant, device, options.size, options.tiny)
     for count in batches:
         given = subject.inputs(count)

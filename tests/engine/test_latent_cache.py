@@ -2,7 +2,7 @@
 
 import torch
 
-from sdseg_cli.core.engine.latent_cache import LatentCache, as_distribution
+from sdseg_cli.core.engine.latent_cache import LatentCache, as_distribution, bytes_of_all
 from sdseg_cli.core.model.latents import posterior, sample_latents
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 
@@ -38,13 +38,15 @@ def test_a_mask_is_encoded_once(monkeypatch):
     for _ in range(3):
         cache(some, CPU)
     cache(some.flip(-1), CPU)
-    assert counted == [2, 2]
+    assert counted == [1, 1, 1, 1]
 
 
-def test_what_exceeds_the_bound_is_encoded_again_and_still_right():
+def test_a_latent_does_not_depend_on_its_neighbours_to_the_last_bit():
     autoencoder, some = make(), masks(5)
-    cache = LatentCache(autoencoder, most_bytes=2 * 8 * 2 * 2 * 4)
-    for _ in range(2):
-        found = as_distribution(cache(some, CPU)).mean
-        torch.testing.assert_close(found, posterior(autoencoder, some).mean)
-    assert len(cache) == 2
+    together = LatentCache(autoencoder)(some, CPU)
+    alone = torch.cat([LatentCache(autoencoder)(some[i : i + 1], CPU) for i in range(5)])
+    assert torch.equal(together, alone)
+
+
+def test_the_size_of_all_latents_is_known_before():
+    assert bytes_of_all(800, (4, 32, 32)) == 800 * 4 * 8 * 1024 * 4

@@ -483,14 +483,19 @@ def test_latents_that_were_kept_train_the_same(
     assert 0 < len(caches[0]) < 8 * 4  # 32 draws, some of a mask that was met before
     monkeypatch.setattr(training.Training, "_make_latent_cache", lambda trainer: None)
     encoded = trained(tiny_recipe(changes), tmp_path / "encoded")
-    assert kept.losses == pytest.approx(encoded.losses, rel=1e-5)
+    assert kept.losses[0] == pytest.approx(encoded.losses[0], rel=1e-6)
+    assert kept.losses == pytest.approx(
+        encoded.losses, rel=1e-3
+    )  # AdamW carries rounding on from step to step
 
 
-def test_latents_are_kept_only_where_masks_recur(tiny_recipe):
+def test_latents_are_kept_only_where_masks_recur_and_fit(tiny_recipe, monkeypatch):
     flips = training.Training(tiny_recipe(), device="cpu")
     assert flips.latents is not None
     moved = training.Training(tiny_recipe({"data.augmentation.affine": 0.5}), device="cpu")
     assert moved.latents is None
+    monkeypatch.setattr(training, "MOST_BYTES", 1000)
+    assert training.Training(tiny_recipe(), device="cpu").latents is None
 
 
 def test_weights_in_the_layout_of_tensor_cores_train_save_and_resume(
@@ -783,6 +788,15 @@ def test_a_run_stopped_at_every_step_equals_an_uninterrupted_one(
                 trained(recipe, tmp_path / "run", resume=attempt > 0)
     resumed = trained(recipe, tmp_path / "run", resume=True)
     assert state_of(resumed.run) == whole
+
+
+@pytest.mark.faults
+def test_a_resumed_run_with_kept_latents_equals_an_uninterrupted_one(tiny_recipe, trained, tmp_path, made):
+    changes = filled({"model.autoencoder": "KL", "train.ema_scope": "all"}, made)
+    whole = trained(tiny_recipe({**changes, "train.steps": 6}), tmp_path / "whole")
+    trained(tiny_recipe({**changes, "train.steps": 3}), tmp_path / "run")
+    resumed = trained(tiny_recipe({**changes, "train.steps": 6}), tmp_path / "run", resume=True)
+    assert resumed.losses == whole.losses[3:]
 
 
 def test_a_run_can_be_resumed_with_other_workers_and_parts(tiny_recipe, trained, tmp_path):

@@ -11,7 +11,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from sdseg_cli.core.model.latents import Autoencoder, posterior
 from sdseg_cli.core.recipe_schema import AugmentationSettings
 
-_MOST_BYTES = 2 * 2**30  # on the device; masks beyond are encoded every time
+MOST_BYTES = 2 * 2**30  # on the device; a dataset with more is encoded as it comes
+_FORMS = 4  # of a mask under left-right and upside-down flips
 
 
 def masks_recur(augmentation: AugmentationSettings) -> bool:
@@ -19,21 +20,25 @@ def masks_recur(augmentation: AugmentationSettings) -> bool:
     return augmentation.affine == 0
 
 
+def bytes_of_all(masks: int, latent_shape: tuple[int, int, int]) -> int:
+    """Bytes that the latents of so many masks take in all their forms, in float32."""
+    channels, height, width = latent_shape
+    return masks * _FORMS * 2 * channels * height * width * 4
+
+
 class LatentCache:
     """The posteriors of masks, each kept by the mask's content on the autoencoder's device.
 
-    What is kept is what the autoencoder said, in its own precision: training reads the same values.
+    Each is encoded by itself: batched, its last bits would depend on its neighbours, and a resumed run would
+    not be the uninterrupted one.
 
     Args:
         autoencoder: frozen.
-        most_bytes: bound of what is kept.
     """
 
-    def __init__(self, autoencoder: Autoencoder, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder
         self._kept: dict[bytes, torch.Tensor] = {}
-        self._most_bytes = most_bytes
-        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -50,18 +55,14 @@ class LatentCache:
             (B, 2C, h, w) on ``device``: mean and log-variance, for ``DiagonalGaussianDistribution``.
         """
         packed = np.packbits(masks.numpy() > 0.5, axis=-1)
-        names = [hashlib.blake2b(mask.tobytes(), digest_size=16).digest() for mask in packed]
-        new = {name: index for index, name in enumerate(names) if name not in self._kept}
-        found = {name: self._kept[name] for name in names if name in self._kept}
-        if new:
-            encoded = posterior(self._autoencoder, masks[list(new.values())].to(device)).parameters
-            for name, parameters in zip(new, encoded, strict=True):
-                found[name] = parameters
-                size = parameters.numel() * parameters.element_size()
-                if self._bytes + size <= self._most_bytes:
-                    self._kept[name] = parameters.clone()
-                    self._bytes += size
-        return torch.stack([found[name] for name in names])
+        found = []
+        for index, content in enumerate(packed):
+            name = hashlib.blake2b(content.tobytes(), digest_size=16).digest()
+            if name not in self._kept:
+                mask = masks[index : index + 1].to(device)
+                self._kept[name] = posterior(self._autoencoder, mask).parameters[0]
+            found.append(self._kept[name])
+        return torch.stack(found)
 
 
 def as_distribution(parameters: torch.Tensor) -> DiagonalGaussianDistribution:

@@ -24,7 +24,13 @@ from sdseg_cli.core.engine.acceleration import compile_networks, missing_compile
 from sdseg_cli.core.engine.autoencoder_training import measure_scale
 from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint
 from sdseg_cli.core.engine.inference import choose_device, choose_precision
-from sdseg_cli.core.engine.latent_cache import LatentCache, as_distribution, masks_recur
+from sdseg_cli.core.engine.latent_cache import (
+    MOST_BYTES,
+    LatentCache,
+    as_distribution,
+    bytes_of_all,
+    masks_recur,
+)
 from sdseg_cli.core.engine.networks import (
     TrainableNetwork,
     build_networks,
@@ -531,9 +537,14 @@ class Training:
         return EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=False, foreach=True)
 
     def _make_latent_cache(self) -> LatentCache | None:
-        if self.networks.autoencoder is None or not masks_recur(self.recipe.data.augmentation):
+        autoencoder = self.networks.autoencoder
+        if autoencoder is None or not masks_recur(self.recipe.data.augmentation):
             return None
-        return LatentCache(self.networks.autoencoder)
+        side = self.manifest.image_size // spatial_factor(autoencoder)
+        masks = self.manifest.splits["train"] * (self.manifest.num_classes if self._class_conditional else 1)
+        if bytes_of_all(masks, (autoencoder.config["latent_channels"], side, side)) > MOST_BYTES:
+            return None
+        return LatentCache(autoencoder)
 
     def _latent_scale(self) -> float:
         wanted = self.recipe.model.latent_scale
