@@ -145,12 +145,15 @@ class Predictor:
         stream = iter(inputs)
         with ThreadPoolExecutor(_HOST_THREADS, thread_name_prefix="sdseg-grid") as pool:
             waiting: list[Future[SlicePrediction]] = []
-            while batch := list(islice(stream, self.batch_size)):
+            while True:
                 try:
-                    samples = self._sample(batch)
-                except OutOfMemoryError:
+                    batch = list(islice(stream, self.batch_size))
+                    samples = self._sample(batch) if batch else []
+                except Exception:  # whatever ends this, what was predicted is not lost
                     yield from (future.result() for future in waiting)
                     raise
+                if not batch:
+                    break
                 fresh = [pool.submit(self._finish, *pair) for pair in zip(batch, samples, strict=True)]
                 # While these are brought to their grids a GPU already computes the next batch.
                 yield from (future.result() for future in waiting)
@@ -178,9 +181,9 @@ class Predictor:
         """
         if not isinstance(self.pipeline, SDSegPipeline):
             return "an exported model is compiled already"
-        self.choose_batch_size()
         networks = self.pipeline.computing_networks()
         try:
+            self.choose_batch_size()
             reason = try_compiled(
                 networks, lambda: self._sample_at_once(self._blank(self.batch_size)), self.device
             )
