@@ -133,7 +133,11 @@ def test_another_decoder_is_another_result(scans, tmp_path, model, made):
 
 def test_networks_are_compiled_only_if_asked_for(scans, tmp_path, model, made, monkeypatch):
     compiled = []
-    monkeypatch.setattr(BrightIsForeground, "compile", lambda one: compiled.append(one), raising=False)
+
+    def compile_it(predictor):
+        compiled.append(predictor)
+
+    monkeypatch.setattr(BrightIsForeground, "compile", compile_it, raising=False)
     predict(scans=[scans], out=tmp_path / "one", model=model)
     assert not compiled
     predict(scans=[scans], out=tmp_path / "two", model=model, compiled=True)
