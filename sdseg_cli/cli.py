@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "Score predictions against ground truth.",
     "stability": "Repeat predictions from different noise and compare them.",
     "convert": "Turn a published checkpoint into a model folder.",
+    "export": "Write a model as one ONNX or OpenVINO graph.",
     "autoencoder": "Train the small autoencoder of the masks.",
     "runs": "List, show and compare the runs.",
     "recipes": "List, show, copy and check recipes.",

@@ -148,6 +148,23 @@ BatchSizeOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the networks run.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Arithmetic of the networks.")]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the networks first: faster, after a minute. Default: on a GPU with 512 images or more.",
+        show_default=False,
+    ),
+]
+DecoderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--decoder",
+        metavar="FOLDER",
+        help="Small decoder in place of the autoencoder's (sdseg autoencoder --distill).",
+        show_default=False,
+    ),
+]
 ConventionOption = Annotated[
     Convention | None,
     typer.Option(

@@ -37,6 +37,16 @@ def autoencoder(
             show_default=False,
         ),
     ] = None,
+    distill: Annotated[
+        str | None,
+        typer.Option(
+            "--distill",
+            metavar="KL",
+            help="Train a small decoder for this KL autoencoder (folder or hub id) instead: "
+            "sdseg predict --decoder uses it.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=999_999, help="Seed of masks and weights.")] = 0,
     device: DeviceOption = Device.auto,
     overwrite: OverwriteOption = False,
@@ -53,6 +63,8 @@ def autoencoder(
         sdseg autoencoder --out my-autoencoder
         sdseg autoencoder --out tubes --data data/vessels --steps 2000   # with your own masks
         sdseg train -r kseg-fast --set model.autoencoder=./my-autoencoder
+        sdseg autoencoder --distill models/sdseg-cvc/autoencoder --out small   # for a published model
+        sdseg predict scans/ --model models/sdseg-cvc --decoder small --out masks/
     """
     from sdseg_cli.core.errors import UsageError
     from sdseg_cli.core.files import refuse_existing, whole_folder
@@ -67,15 +79,28 @@ def autoencoder(
     from sdseg_cli.core.engine.autoencoder_training import generated_masks, train_mask_autoencoder
     from sdseg_cli.core.engine.inference import choose_device
     from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
-    from sdseg_cli.core.model.weights import quiet_diffusers
+    from sdseg_cli.core.model.weights import load_published_autoencoder, quiet_diffusers
 
     quiet_diffusers()
+    teacher = load_published_autoencoder(distill) if distill is not None else None  # before minutes of work
     chosen = choose_device(device)
     pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
     held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
     if data is not None:
         pool += _dataset_masks(data, "train", size)
         held_out[f"{data.name} validation"] = _dataset_masks(data, "validation", size)
+    if teacher is not None:
+        _distil(
+            teacher.to(chosen),
+            pool,
+            held_out,
+            out,
+            {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
+            device=chosen,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = MaskAutoencoder().to(chosen)
@@ -106,6 +131,60 @@ def autoencoder(
     )
     here = out if out.is_absolute() else f"./{out}"
     console.done(f"{out}. Use it with: --set model.autoencoder={here}")
+
+
+def _distil(
+    teacher: Any,
+    masks: list[np.ndarray],
+    held_out: dict[str, list[np.ndarray]],
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    device: Any,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Train a decoder for the latents of ``teacher``, and report how well it agrees with the full one."""
+    import torch
+
+    from sdseg_cli.core.engine.distillation import (
+        agreement,
+        encode_masks,
+        make_mask_decoder,
+        train_mask_decoder,
+    )
+    from sdseg_cli.core.files import whole_folder
+
+    encoded = encode_masks(teacher, masks, device=device)
+    latents = torch.stack(list(console.progress(encoded, len(masks), "encoding masks", unit="masks")))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        decoder = make_mask_decoder(teacher, latents).to(device)
+    with console.training_progress(settings["steps"]) as bar:
+        for report in train_mask_decoder(decoder, latents, masks, device=device, **settings):
+            bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
+    scores: dict[str, dict[str, float]] = {}
+    with console.working("comparing with the full decoder"):
+        for name, part in held_out.items():
+            if part:
+                with_full, with_truth = agreement(decoder, teacher, part, device=device)
+                scores[name] = {
+                    "mean": float(with_full.mean()),
+                    "worst": float(with_full.min()),
+                    "with_truth": float(with_truth.mean()),
+                }
+    with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
+        decoder.save_pretrained(folder)
+    if as_json:
+        console.show_json({"folder": str(out), "agreement_dice": scores})
+        return
+    console.show_table(
+        ["masks", "mean Dice", "worst", "mean with the true masks"],
+        [[name, *score.values()] for name, score in scores.items()],
+        title="Agreement with the full decoder",
+        caption="held-out masks, encoded and decoded by both",
+    )
+    console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model MODEL --out masks/")
 
 
 def _dataset_masks(data: Path, split: str, size: int) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdseg_cli import console
+from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import (
     CASES_FILE,
     SUMMARY_FILE,
@@ -21,9 +22,11 @@ from sdseg_cli.commands._measured import (
 )
 from sdseg_cli.commands._options import (
     BatchSizeOption,
+    CompileOption,
     Convention,
     ConventionOption,
     DataOption,
+    DecoderOption,
     Device,
     DeviceOption,
     GridOption,
@@ -102,6 +105,8 @@ def evaluate(
     batch_size: BatchSizeOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
+    compiled: CompileOption = None,
+    decoder: DecoderOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,7 +143,9 @@ def evaluate(
                 "precision": precision.value,
                 "batch_size": batch_size,
                 "seed": seed,
+                **({"decoder": str(decoder.resolve())} if decoder is not None else {}),
             },
+            compiled=compiled,
             worst=overlays,
             overwrite=overwrite,
         )
@@ -229,6 +236,7 @@ def _evaluate_split(
     grid: Any,
     sampling: dict[str, Any],
     loading: dict[str, Any],
+    compiled: bool | None,
     worst: int,
     overwrite: bool,
 ) -> _Evaluation:
@@ -249,6 +257,7 @@ def _evaluate_split(
         predictor = load_predictor(model.reference, grid=grid, **sampling, **loading)
     check_fit(predictor, dataset.manifest, dataset.root)
     view = dataset.split(split)
+    compile_if_wanted(predictor, compiled, len(view))
     scored = evaluate_split(
         predictor,
         view,
@@ -272,6 +281,7 @@ def _evaluate_split(
             "grid": grid,
             "sampling": {"seed": loading["seed"], **sampling},
             "precision": predictor.precision,
+            **({"decoder": loading["decoder"]} if "decoder" in loading else {}),
             "device": str(predictor.device),
             "processes": processes.count,
         },

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdseg_cli import __version__, console
+from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import Model
 from sdseg_cli.commands._options import (
     BatchSizeOption,
+    CompileOption,
+    DecoderOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "prediction.json"
 # What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
-MASK_SETTINGS = ("model", "model_of", "seed", "num_inference_steps", "num_samples", "threshold")
+MASK_SETTINGS = ("model", "model_of", "decoder", "seed", "num_inference_steps", "num_samples", "threshold")
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
 
 EXAMPLES = """
@@ -96,6 +99,8 @@ def predict(
     batch_size: BatchSizeOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
+    compiled: CompileOption = None,
+    decoder: DecoderOption = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Predict only what has no mask yet.")
     ] = False,
@@ -119,7 +124,7 @@ def predict(
         probabilities=probabilities,
         uncertainty=several,
     )
-    settings = {**_model_identity(found.reference), "seed": seed, **sampling}
+    settings = {**_model_identity(found.reference), **_with_decoder(decoder), "seed": seed, **sampling}
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
     if not overwrite:
         _refuse_other_settings(out, settings)
@@ -136,9 +141,10 @@ def predict(
         session.run(
             todo,
             found.reference,
-            {"seed": seed, "batch_size": batch_size, **sampling},
+            {"seed": seed, "batch_size": batch_size, **_with_decoder(decoder), **sampling},
             device=device.value,
             precision=precision.value,
+            compiled=compiled,
             overwrite=overwrite,
         )
 
@@ -172,6 +178,7 @@ class _Session:
         *,
         device: str,
         precision: str,
+        compiled: bool | None,
         overwrite: bool,
     ) -> None:
         """Predict this process's share; the main process reports for all."""
@@ -188,7 +195,9 @@ class _Session:
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
-        stop = self._predict(processes.share(list(todo)), predictor)
+        mine = processes.share(list(todo))
+        compile_if_wanted(predictor, compiled, len(mine))
+        stop = self._predict(mine, predictor)
         self._gather(processes, stop)
         if processes.is_main:
             self._finish(stop)
@@ -277,6 +286,11 @@ class _Session:
             "images": len(self.tasks),
         }
         atomic_write(self.out / SETTINGS_FILE, to_json(content, indent=2) + "\n")
+
+
+def _with_decoder(decoder: Path | None) -> dict[str, str]:
+    """The decoder's folder, if one was named."""
+    return {} if decoder is None else {"decoder": str(decoder.resolve())}
 
 
 def _model_identity(reference: ModelReference) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdseg_cli import console
+from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import (
     CASES_FILE,
     SUMMARY_FILE,
@@ -23,7 +24,9 @@ from sdseg_cli.commands._measured import (
 )
 from sdseg_cli.commands._options import (
     BatchSizeOption,
+    CompileOption,
     DataOption,
+    DecoderOption,
     Device,
     DeviceOption,
     GridOption,
@@ -98,6 +101,8 @@ def stability(
     batch_size: BatchSizeOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
+    compiled: CompileOption = None,
+    decoder: DecoderOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,6 +152,7 @@ def stability(
             grid=where,
             num_samples=runs,
             return_samples=True,
+            **({"decoder": str(decoder.resolve())} if decoder is not None else {}),
             **sampling,
         )
     if lpips_reason:
@@ -155,7 +161,9 @@ def stability(
         from sdseg_cli.core.engine.evaluation import check_fit
 
         check_fit(predictor, dataset.manifest, dataset.root)
+    compile_if_wanted(predictor, compiled, len(source.names[:limit]))
     settings = {
+        **({"decoder": str(decoder.resolve())} if decoder is not None else {}),
         "runs": runs,
         "protocol": protocol.value,
         "grid": where,

@@ -33,6 +33,7 @@ _CHANGEABLE_ON_RESUME = {
     "train.checkpoint_every",
     "train.gradient_accumulation",
     "train.gradient_checkpointing",
+    "train.compile",
     "data.workers",
     "data.cache",
     "data.dataset",

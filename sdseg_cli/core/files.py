@@ -12,6 +12,8 @@ from pathlib import Path
 
 from sdseg_cli.core.errors import UsageError
 
+EXPORT_FILE = "export.json"  # beside an exported graph, by which its folder is known
+
 
 def write_whole(path: Path, payload: bytes) -> None:
     """Write a file through a temporary one beside it, so that ``path`` is never half-written.

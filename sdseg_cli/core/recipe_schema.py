@@ -298,6 +298,11 @@ class TrainSettings(Settings):
         "Copy the autoencoder into the exported model; false = the model refers to its folder or hub id, "
         "is 335 MB smaller (kl-f8), and can be read where that is at hand.",
     )
+    compile: bool = key(
+        False,
+        "Compile the trained networks: faster steps after a minute or more, for long trainings on a GPU. "
+        "Checkpoints and the exported model stay the same kind; figures differ by rounding.",
+    )
     seed: int = key(0, "Seed of weights, order, augmentation and noise.", ge=0, le=2**31 - 1)
     validate_every: int = key(1000, "Steps between validations.", unit="optimizer steps", ge=1, le=10_000_000)
     checkpoint_every: int = key(

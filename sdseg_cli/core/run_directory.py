@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sdseg_cli import __version__
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import write_whole
+from sdseg_cli.core.files import EXPORT_FILE, write_whole
 
 if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
@@ -518,6 +518,8 @@ def resolve_model(model: str | None, runs_root: Path = RUNS_ROOT) -> ModelRefere
 
 
 def _reference_in(path: Path) -> ModelReference:
+    if (path / EXPORT_FILE).is_file():
+        return ModelReference(str(path), None, f"exported model {path}")
     if (path / "model_index.json").is_file():
         parent = RunDirectory(path.resolve().parent)
         return ModelReference(

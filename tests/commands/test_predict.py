@@ -122,6 +122,28 @@ def test_options_reach_the_predictor_and_unset_ones_are_left_to_it(scans, tmp_pa
     assert (tmp_path / "two" / "uncertainty" / "a.png").exists()
 
 
+def test_another_decoder_is_another_result(scans, tmp_path, model, made):
+    out, decoder = tmp_path / "masks", tmp_path / "small"
+    predict(scans=[scans], out=out, model=model, decoder=decoder)
+    assert made[0].options["decoder"] == str(decoder)
+    assert json.loads((out / "prediction.json").read_text())["decoder"] == str(decoder)
+    with pytest.raises(UsageError, match=r"were made with decoder .*small \(now as the model has it\)"):
+        predict(scans=[scans], out=out, model=model, skip_existing=True)
+
+
+def test_networks_are_compiled_only_if_asked_for(scans, tmp_path, model, made, monkeypatch):
+    compiled = []
+
+    def compile_it(predictor):
+        compiled.append(predictor)
+
+    monkeypatch.setattr(BrightIsForeground, "compile", compile_it, raising=False)
+    predict(scans=[scans], out=tmp_path / "one", model=model)
+    assert not compiled
+    predict(scans=[scans], out=tmp_path / "two", model=model, compiled=True)
+    assert compiled == [made[1]]
+
+
 def test_json_goes_to_stdout_and_nothing_else_does(scans, tmp_path, model, made, capfd):
     predict(scans=[scans], out=tmp_path / "masks", model=model, as_json=True)
     result = json.loads(capfd.readouterr().out)

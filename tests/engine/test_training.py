@@ -134,6 +134,7 @@ TESTED_BY_NAME = {
     "data.cache": "test_losses_are_the_same_with_and_without_the_cache",
     "train.gradient_accumulation": "test_accumulation_gives_the_same_losses",
     "train.gradient_checkpointing": "test_gradient_checkpointing_changes_nothing_but_the_memory",
+    "train.compile": "test_compiled_training_learns_the_same_and_its_checkpoints_are_of_the_same_kind",
     "train.validate_every": "test_validations_checkpoints_and_records_come_when_asked_for",
     "train.checkpoint_every": "test_validations_checkpoints_and_records_come_when_asked_for",
     "train.keep_checkpoints": "test_validations_checkpoints_and_records_come_when_asked_for",
@@ -482,6 +483,92 @@ def test_a_joint_training_on_a_single_class_is_refused_with_the_remedy(tiny_reci
         trained(tiny_recipe({"model.multiclass": "joint"}), tmp_path / "run")
 
 
+@pytest.mark.parametrize("networks", [{}, {"train.precision": "bf16"}, OFF], ids=["fp32", "bf16", "off"])
+def test_compiled_training_learns_the_same_and_its_checkpoints_are_of_the_same_kind(
+    networks, tiny_recipe, trained, tmp_path, monkeypatch
+):
+    """Traced and run without code generation, which takes minutes on a CPU."""
+    graphs = []
+
+    def traced(modules):
+        for module in modules:
+            module.compile(backend=lambda graph, _: (graphs.append(graph), graph)[1], dynamic=False)
+
+    monkeypatch.setattr(training, "compile_networks", traced)
+    monkeypatch.setattr(training, "missing_compiler", lambda device: None)
+    torch._dynamo.reset()
+    plain = trained(tiny_recipe(networks), tmp_path / "plain")
+    assert not graphs
+    compiled = trained(tiny_recipe({**networks, "train.compile": True}), tmp_path / "compiled")
+    assert graphs
+    assert compiled.losses == pytest.approx(plain.losses, rel=2e-2 if "train.precision" in networks else 1e-4)
+    saved, known = (
+        load_file(result.run.latest_checkpoint() / "model.safetensors") for result in (compiled, plain)
+    )
+    assert saved.keys() == known.keys()
+    load_pipeline(str(compiled.run.model))
+    resumed = trained(tiny_recipe({**networks, "train.steps": 3}), tmp_path / "compiled", resume=True)
+    assert resumed.finished.step == 3
+
+
+@pytest.mark.faults
+def test_compiled_training_without_a_compiler_is_refused(tiny_recipe, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"no C\+\+ compiler was found .*--set train.compile=false"):
+        trained(tiny_recipe({"train.compile": True}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("data", ["polyps", "organs"])
+def test_latents_that_were_kept_train_the_same(
+    data, made, request, tiny_recipe, trained, tmp_path, monkeypatch
+):
+    folder = str(request.getfixturevalue(data))
+    changes = filled({"model.autoencoder": "KL", "data.dataset": folder, "train.steps": 8}, made)
+    caches = []
+    make = training.Training._make_latent_cache
+
+    def noted(trainer):
+        caches.append(make(trainer))
+        return caches[-1]
+
+    monkeypatch.setattr(training.Training, "_make_latent_cache", noted)
+    kept = trained(tiny_recipe(changes), tmp_path / "kept")
+    assert 0 < len(caches[0]) < 8 * 4  # 32 draws, some of a mask that was met before
+    monkeypatch.setattr(training.Training, "_make_latent_cache", lambda trainer: None)
+    encoded = trained(tiny_recipe(changes), tmp_path / "encoded")
+    assert kept.losses[0] == pytest.approx(encoded.losses[0], rel=1e-6)
+    assert kept.losses == pytest.approx(
+        encoded.losses, rel=1e-3
+    )  # AdamW carries rounding on from step to step
+
+
+def test_latents_are_kept_only_where_masks_recur_and_fit(tiny_recipe, monkeypatch):
+    flips = training.Training(tiny_recipe(), device="cpu")
+    assert flips.latents is not None
+    moved = training.Training(tiny_recipe({"data.augmentation.affine": 0.5}), device="cpu")
+    assert moved.latents is None
+    monkeypatch.setattr(training, "MOST_BYTES", 1000)
+    assert training.Training(tiny_recipe(), device="cpu").latents is None
+
+
+def test_weights_in_the_layout_of_tensor_cores_train_save_and_resume(
+    tiny_recipe, trained, tmp_path, monkeypatch
+):
+    def laid_out(networks, device):
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+
+    plain = trained(tiny_recipe(), tmp_path / "plain")
+    monkeypatch.setattr(training, "use_channels_last", laid_out)
+    changed = trained(tiny_recipe({"train.ema_scope": "all"}), tmp_path / "changed")
+    assert changed.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert load_pipeline(str(changed.run.model)).unet.conv_in.weight.is_contiguous()
+    resumed = trained(
+        tiny_recipe({"train.ema_scope": "all", "train.steps": 3}), tmp_path / "changed", resume=True
+    )
+    assert np.isfinite(resumed.losses).all()
+
+
 # The objective --------------------------------------------------------------------------------------
 
 
@@ -761,6 +848,15 @@ def test_a_run_stopped_at_every_step_equals_an_uninterrupted_one(
                 trained(recipe, tmp_path / "run", resume=attempt > 0)
     resumed = trained(recipe, tmp_path / "run", resume=True)
     assert state_of(resumed.run) == whole
+
+
+@pytest.mark.faults
+def test_a_resumed_run_with_kept_latents_equals_an_uninterrupted_one(tiny_recipe, trained, tmp_path, made):
+    changes = filled({"model.autoencoder": "KL", "train.ema_scope": "all"}, made)
+    whole = trained(tiny_recipe({**changes, "train.steps": 6}), tmp_path / "whole")
+    trained(tiny_recipe({**changes, "train.steps": 3}), tmp_path / "run")
+    resumed = trained(tiny_recipe({**changes, "train.steps": 6}), tmp_path / "run", resume=True)
+    assert resumed.losses == whole.losses[3:]
 
 
 def test_a_run_can_be_resumed_with_other_workers_and_parts(tiny_recipe, trained, tmp_path):

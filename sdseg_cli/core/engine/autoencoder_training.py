@@ -109,7 +109,7 @@ def train_mask_autoencoder(
         noise = torch.randn(mean.shape, generator=generator).to(device)
         logits = autoencoder.decode_logits(mean + level * spread * noise)
         # A fixed spread keeps the relative noise from being bought off by ever larger latents.
-        loss = _mask_loss(logits, batch) + 0.01 * (mean.square().mean() - 1).square()
+        loss = mask_loss(logits, batch) + 0.01 * (mean.square().mean() - 1).square()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
@@ -124,7 +124,7 @@ def train_mask_autoencoder(
     autoencoder.register_to_config(scaling_factor=measure_scale(autoencoder, masks[:256], device=device))
 
 
-def _mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Cross-entropy for every pixel plus soft Dice for every mask, so that small masks count."""
     probability = logits.sigmoid()
     overlap = (probability * mask).sum(dim=(1, 2, 3))

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
+from sdseg_cli.core.engine.acceleration import (
+    MemoryMeter,
+    fitting_batch,
+    try_compiled,
+    undo_compile,
+    use_channels_last,
+)
 from sdseg_cli.core.errors import OutOfMemoryError, UsageError
+from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Grid, Resize
-from sdseg_cli.core.model.pipeline import SDSegPipeline
-from sdseg_cli.core.model.weights import load_pipeline
+from sdseg_cli.core.model.exported import ExportedModel, load_exported
+from sdseg_cli.core.model.pipeline import SDSegPipeline, on_case_grid
+from sdseg_cli.core.model.weights import load_pipeline, replace_decoder
 
 if TYPE_CHECKING:
     from sdseg_cli.core.run_directory import ModelReference
 
 _BATCH_ON_CPU = 4
 _BATCH_ON_GPU = 16
+_PROBED = 4  # images of the batch whose peak says how many fit at once
+_HOST_THREADS = 4  # bring probabilities to the cases' grids; Pillow lets them run side by side
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,8 +70,9 @@ class Predictor:
     """A pipeline with its settings: call it on slices, get predictions in the same order.
 
     Args:
-        pipeline: on its device, in evaluation mode.
-        batch_size: slices at a time; None chooses by device. Halved when the memory does not suffice.
+        pipeline: on its device, in evaluation mode; or an exported model.
+        batch_size: slices at a time; None chooses by device, on a GPU by its free memory and the peak of a
+            first small batch. Halved when the memory does not suffice.
         seed: names the noise.
         num_inference_steps: reverse steps.
         num_samples: draws to average.
@@ -71,7 +85,7 @@ class Predictor:
 
     def __init__(
         self,
-        pipeline: SDSegPipeline,
+        pipeline: SDSegPipeline | ExportedModel,
         *,
         batch_size: int | None = None,
         seed: int = 0,
@@ -85,6 +99,9 @@ class Predictor:
     ) -> None:
         self.pipeline = pipeline
         self.batch_size = batch_size or (_BATCH_ON_CPU if self.device.type == "cpu" else _BATCH_ON_GPU)
+        self.meter = MemoryMeter(self.device) if batch_size is None and self.device.type == "cuda" else None
+        self.overlap = self.device.type == "cuda"  # a CPU's cores are all busy with the networks
+        self._compiled = False
         self.seed = seed
         self.num_inference_steps = num_inference_steps
         self.num_samples = num_samples
@@ -120,18 +137,71 @@ class Predictor:
         return self.pipeline.device
 
     def __call__(self, inputs: Iterable[SliceInput]) -> Iterator[SlicePrediction]:
-        """Predict lazily, a batch ahead at most; an unread iterator predicts nothing.
+        """Predict lazily, two batches ahead at most; an unread iterator predicts nothing.
 
         Raises:
-            OutOfMemoryError: not even one slice at a time fits.
+            OutOfMemoryError: not even one slice at a time fits; what was predicted before comes first.
         """
         stream = iter(inputs)
-        while batch := list(islice(stream, self.batch_size)):
-            yield from self._predict(batch)
+        with ThreadPoolExecutor(_HOST_THREADS, thread_name_prefix="sdseg-grid") as pool:
+            waiting: list[Future[SlicePrediction]] = []
+            while True:
+                try:
+                    batch = list(islice(stream, self.batch_size))
+                    samples = self._sample(batch) if batch else []
+                except Exception:  # whatever ends this, what was predicted is not lost
+                    yield from (future.result() for future in waiting)
+                    raise
+                if not batch:
+                    break
+                fresh = [pool.submit(self._finish, *pair) for pair in zip(batch, samples, strict=True)]
+                # While these are brought to their grids a GPU already computes the next batch.
+                yield from (future.result() for future in waiting)
+                waiting = fresh
+                if not self.overlap:
+                    yield from (future.result() for future in waiting)
+                    waiting = []
+            yield from (future.result() for future in waiting)
 
-    def _predict(self, batch: Sequence[SliceInput]) -> list[SlicePrediction]:
+    def choose_batch_size(self) -> None:
+        """Choose the batch by the device's free memory, from the peak of a small one; else leave it."""
+        if self.meter is None:
+            return
+        meter, self.meter = self.meter, None
+        self._sample_at_once(self._blank(1))  # what a library sets up once is not the images' memory
+        with meter.peak() as peak:
+            self._sample_at_once(self._blank(_PROBED))
+        self.batch_size = fitting_batch(meter.free_bytes(), peak[0] / _PROBED)
+
+    def compile(self) -> str | None:
+        """Compile the networks and run them once on a full batch; the last batch is then padded to it.
+
+        Returns:
+            None, or why they run as written: there is no compiler, or it failed.
+        """
+        if not isinstance(self.pipeline, SDSegPipeline):
+            return "an exported model is compiled already"
+        networks = self.pipeline.computing_networks()
         try:
-            return self._predict_at_once(batch)
+            self.choose_batch_size()
+            reason = try_compiled(
+                networks, lambda: self._sample_at_once(self._blank(self.batch_size)), self.device
+            )
+        except torch.OutOfMemoryError:
+            reason = f"a batch of {self.batch_size} does not fit into the memory; try --batch-size"
+        self._compiled = reason is None
+        return reason
+
+    def _blank(self, count: int) -> list[SliceInput]:
+        size = self.image_size
+        image = np.zeros((size, size, 3), np.uint8)
+        return [SliceInput("", index, image, Grid(size, size, size)) for index in range(count)]
+
+    def _sample(self, batch: Sequence[SliceInput]) -> list[np.ndarray]:
+        """Draw the probabilities of a batch, (N, K, S, S) each, in as many parts as the memory demands."""
+        try:
+            self.choose_batch_size()
+            return list(self._sample_at_once(batch))
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise OutOfMemoryError(
@@ -141,18 +211,19 @@ class Predictor:
         # Outside the handler, so that the failed batch's memory is free again.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self._compiled and isinstance(self.pipeline, SDSegPipeline):  # for a shape that does not fit
+            undo_compile(self.pipeline.computing_networks())
+            self._compiled = False
         self.batch_size = half = max(1, len(batch) // 2)
         return [
-            prediction
+            samples
             for start in range(0, len(batch), half)
-            for prediction in self._predict(batch[start : start + half])
+            for samples in self._sample(batch[start : start + half])
         ]
 
-    def _predict_at_once(self, batch: Sequence[SliceInput]) -> list[SlicePrediction]:
-        size = self.image_size
-        on_model = Grid(size, size, size)
+    def _sample_at_once(self, batch: Sequence[SliceInput]) -> np.ndarray:
         with self._autocast():
-            output = self.pipeline(
+            return self.pipeline.sample(
                 [item.image for item in batch],
                 num_inference_steps=self.num_inference_steps,
                 num_samples=self.num_samples,
@@ -160,21 +231,21 @@ class Predictor:
                 case_ids=[item.case_id for item in batch],
                 slice_indices=[item.slice_index for item in batch],
                 first_sample=self.first_sample,
-                threshold=self.threshold,
-                grids=[on_model if self.grid == "model" else item.grid for item in batch],
-                return_samples=self.return_samples,
+                pad_to=self.batch_size if self._compiled else 0,
             )
-        return [
-            SlicePrediction(
-                case_id=item.case_id,
-                slice_index=item.slice_index,
-                label_map=output.label_maps[i],
-                probabilities=output.probabilities[i],
-                uncertainty=output.uncertainty[i],
-                samples=output.samples[i] if output.samples is not None else None,
-            )
-            for i, item in enumerate(batch)
-        ]
+
+    def _finish(self, item: SliceInput, samples: np.ndarray) -> SlicePrediction:
+        size = self.image_size
+        grid = Grid(size, size, size) if self.grid == "model" else item.grid
+        label_map, mean, uncertainty, on_case = on_case_grid(samples, grid, self.threshold)
+        return SlicePrediction(
+            case_id=item.case_id,
+            slice_index=item.slice_index,
+            label_map=label_map,
+            probabilities=mean,
+            uncertainty=uncertainty,
+            samples=on_case if self.return_samples else None,
+        )
 
     def _autocast(self) -> AbstractContextManager:
         dtype = _PRECISIONS[self.precision]
@@ -235,7 +306,12 @@ def choose_precision(wanted: str, device: torch.device, *, predicts_noise: bool 
 
 
 def load_predictor(
-    reference: ModelReference, *, device: str = "auto", precision: str = "auto", **options: object
+    reference: ModelReference,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    decoder: str | None = None,
+    **options: object,
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -243,16 +319,34 @@ def load_predictor(
         reference: where the model is.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        decoder: folder of a small decoder to put in the autoencoder's place.
         options: further settings of :class:`Predictor`.
 
     Raises:
         UsageError: device or precision cannot be had.
         ModelError: the model cannot be loaded.
     """
+    if (Path(reference.location) / EXPORT_FILE).is_file():
+        return _load_exported(Path(reference.location), device, precision, decoder, options)
     chosen = choose_device(device)
     choose_precision(precision, chosen)  # what cannot be had is said before the model is read
     pipeline = load_pipeline(reference.location)
     predicts_noise = pipeline.is_diffusion and pipeline.scheduler.config["prediction_type"] == "epsilon"
     arithmetic = choose_precision(precision, chosen, predicts_noise=predicts_noise)
+    if decoder is not None:
+        replace_decoder(pipeline, decoder)
     pipeline.to(chosen)
+    use_channels_last(pipeline.computing_networks(), chosen)
     return Predictor(pipeline, precision=arithmetic, **options)  # type: ignore[arg-type]
+
+
+def _load_exported(
+    folder: Path, device: str, precision: str, decoder: str | None, options: dict[str, object]
+) -> Predictor:
+    if device not in ("auto", "cpu") or precision not in ("auto", "fp32") or decoder is not None:
+        raise UsageError(
+            f"{folder} is an exported model: it runs on the CPU, in fp32, with its own decoder. Leave out "
+            "--device, --precision and --decoder, or name the model it was exported from."
+        )
+    choose_device("cpu")
+    return Predictor(load_exported(folder), **options)  # type: ignore[arg-type]

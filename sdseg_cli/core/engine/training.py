@@ -20,9 +20,17 @@ from diffusers.training_utils import EMAModel
 
 from sdseg_cli.core.data.augmentation import Augmentation
 from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.engine.acceleration import compile_networks, missing_compiler, use_channels_last
 from sdseg_cli.core.engine.autoencoder_training import measure_scale
 from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint
 from sdseg_cli.core.engine.inference import choose_device, choose_precision
+from sdseg_cli.core.engine.latent_cache import (
+    MOST_BYTES,
+    LatentCache,
+    as_distribution,
+    bytes_of_all,
+    masks_recur,
+)
 from sdseg_cli.core.engine.networks import (
     TrainableNetwork,
     build_networks,
@@ -157,12 +165,18 @@ class Training:
             if part is not None:
                 part.to(self.device)
         self.network.to(self.device)
+        use_channels_last([self.network], self.device)
+        self.latents = self._make_latent_cache()
         self.ema = self._make_ema()
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.network.parameters() if parameter.requires_grad],
             lr=recipe.train.learning_rate,
             weight_decay=recipe.train.weight_decay,
+            fused=True if self.device.type == "cuda" else None,
         )
+        if recipe.train.compile:
+            _check_compiler(self.device)
+            compile_networks([self.network])
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.progress = Progress()
         self._totals = _Totals(self.accelerator)
@@ -357,6 +371,8 @@ class Training:
         for index, part in enumerate(parts):
             is_last = index == settings.gradient_accumulation - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
+                if self.latents is not None:
+                    part["posterior"] = self.latents(self._masks(part).flatten(0, 1)[:, None], self.device)
                 losses = self._losses({k: v.to(self.device, non_blocking=True) for k, v in part.items()})
                 self.accelerator.backward(losses["loss"] / settings.gradient_accumulation)
             self._totals.add(losses, len(part["image"]))
@@ -377,11 +393,13 @@ class Training:
             return {"loss": objective.pixel_weight * pixels, "pixel_loss": pixels.detach()}
 
         scale, scheduler = self.progress.latent_scale, self.networks.scheduler
-        masks = batch["mask"]
-        if self._joint:
-            masks = masks_of_classes(batch["label_map"], self.manifest.num_classes)
+        masks = self._masks(batch)
         with torch.no_grad():
-            encoded = posterior(self.networks.autoencoder, masks)
+            encoded = (
+                as_distribution(batch["posterior"])
+                if "posterior" in batch
+                else posterior(self.networks.autoencoder, masks)
+            )
             clean = sample_latents(encoded, batch["posterior_noise"], scale)
             if objective.timesteps == "last":
                 noisy = batch["noise"]  # pure noise: at t = 999 the mixture still shows 2.6 % of the truth
@@ -517,12 +535,28 @@ class Training:
     def _class_conditional(self) -> bool:
         return self.manifest.num_classes > 2 and not self._joint
 
+    def _masks(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The masks that are encoded, float (B, M, S, S): one an image, or with ``joint`` one a class."""
+        if self._joint:
+            return masks_of_classes(batch["label_map"], self.manifest.num_classes)
+        return batch["mask"]
+
     def _make_ema(self) -> EMAModel | None:
         settings = self.recipe.train
         if settings.ema_decay == 0:
             return None
         parameters = self.network.averaged_parameters(settings.ema_scope)
-        return EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=False)
+        return EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=False, foreach=True)
+
+    def _make_latent_cache(self) -> LatentCache | None:
+        autoencoder = self.networks.autoencoder
+        if autoencoder is None or not masks_recur(self.recipe.data.augmentation):
+            return None
+        side = self.manifest.image_size // spatial_factor(autoencoder)
+        masks = self.manifest.splits["train"] * (self.manifest.num_classes - (not self._class_conditional))
+        if bytes_of_all(masks, (autoencoder.config["latent_channels"], side, side)) > MOST_BYTES:
+            return None
+        return LatentCache(autoencoder)
 
     def _latent_scale(self) -> float:
         wanted = self.recipe.model.latent_scale
@@ -597,6 +631,12 @@ def _check_batch(recipe: Recipe, processes: int) -> None:
             f"{settings.gradient_accumulation} parts each. Expected a multiple of "
             f"{settings.gradient_accumulation * processes}."
         )
+
+
+def _check_compiler(device: torch.device) -> None:
+    reason = missing_compiler(device)
+    if reason is not None:
+        raise UsageError(f"train.compile: {reason}. Install one, or use --set train.compile=false.")
 
 
 def _device_name(device: torch.device) -> str:

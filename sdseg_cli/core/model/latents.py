@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from sdseg_cli.core.model.mask_autoencoder import SPATIAL_FACTOR, MaskAutoencoder
+from sdseg_cli.core.model.mask_decoder import MaskDecoder
 
 Autoencoder: TypeAlias = Union[AutoencoderKL, MaskAutoencoder]  # noqa: UP007  (diffusers is opaque to mypy)
 
@@ -21,7 +22,7 @@ _STEEPEST = 0.99  # score beyond which the log-odds go on in a straight line
 
 def spatial_factor(autoencoder: Autoencoder) -> int:
     """Pixels per latent pixel and side."""
-    if isinstance(autoencoder, MaskAutoencoder):
+    if isinstance(autoencoder, MaskAutoencoder | MaskDecoder):
         return SPATIAL_FACTOR
     return 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
 
@@ -84,7 +85,7 @@ def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
     Returns:
         float32, (B, M, H, W). Every pixel has a gradient, also one that is certain and wrong.
     """
-    if isinstance(autoencoder, MaskAutoencoder):
+    if isinstance(autoencoder, MaskAutoencoder | MaskDecoder):
         unscaled = (_apart(autoencoder, latents) / scale).to(autoencoder.dtype)
         return _together(autoencoder.decode_logits(unscaled).float()[:, 0], latents)
     # A KL decoder's score is tanh(logit / 2) read backwards; it overshoots its range, where the tangent goes

@@ -35,6 +35,24 @@ class _ResidualBlock(nn.Module):
         return hidden + self.conv2(functional.silu(self.conv1(functional.silu(hidden))))
 
 
+def make_decoder(latent_channels: int, channels: tuple[int, int], out_channels: int) -> nn.Sequential:
+    """Build a decoder from latents to the logits of masks; ``channels`` are its widths at strides 4 and 8."""
+    fine, coarse = channels
+    return nn.Sequential(
+        nn.Conv2d(latent_channels, coarse, 3, padding=1),
+        _ResidualBlock(coarse),
+        _ResidualBlock(coarse),
+        nn.SiLU(),
+        nn.Conv2d(coarse, fine * 4, 1),
+        nn.PixelShuffle(2),
+        _ResidualBlock(fine),
+        _ResidualBlock(fine),
+        nn.SiLU(),
+        nn.Conv2d(fine, out_channels * _PATCH**2, 3, padding=1),
+        nn.PixelShuffle(_PATCH),
+    )
+
+
 class MaskAutoencoder(ModelMixin, ConfigMixin):
     """Autoencoder of single-channel masks with values in {-1, 1}.
 
@@ -69,20 +87,7 @@ class MaskAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(coarse, latent_channels, 1),
         )
-        fine, coarse = decoder_channels
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, coarse, 3, padding=1),
-            _ResidualBlock(coarse),
-            _ResidualBlock(coarse),
-            nn.SiLU(),
-            nn.Conv2d(coarse, fine * 4, 1),
-            nn.PixelShuffle(2),
-            _ResidualBlock(fine),
-            _ResidualBlock(fine),
-            nn.SiLU(),
-            nn.Conv2d(fine, in_channels * _PATCH**2, 3, padding=1),
-            nn.PixelShuffle(_PATCH),
-        )
+        self.decoder = make_decoder(latent_channels, decoder_channels, in_channels)
 
     def encode(self, x: torch.Tensor) -> AutoencoderKLOutput:
         """Encode masks.

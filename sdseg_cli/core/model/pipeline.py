@@ -137,6 +137,11 @@ class SDSegPipeline(DiffusionPipeline):
         side = self.config.image_size // spatial_factor(self.autoencoder)
         return self.unet.config["latent_channels"], side, side
 
+    def computing_networks(self) -> list[torch.nn.Module]:
+        """The modules that a prediction runs: image encoder, U-Net and the autoencoder's decoder."""
+        decoder = self.autoencoder.decoder if self.autoencoder is not None else None
+        return [module for module in (self.image_encoder, self.unet, decoder) if module is not None]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -174,7 +179,7 @@ class SDSegPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument does not fit; the message says how.
         """
-        # 1. Check, and bring every image to the model's grid
+        # 1. Bring every image to the model's grid
         batch = [images] if isinstance(images, Image.Image | np.ndarray) else list(images)
         pixels = [_pixels(image) for image in batch]
         size, resize = self.config.image_size, self.config.resize
@@ -183,10 +188,62 @@ class SDSegPipeline(DiffusionPipeline):
             pixels = [grid.image_to_model(array) for grid, array in zip(grids, pixels, strict=True)]
         case_ids = [str(i) for i in range(len(batch))] if case_ids is None else case_ids
         slice_indices = [0] * len(batch) if slice_indices is None else slice_indices
-        self._check(pixels, grids, case_ids, slice_indices, num_inference_steps, num_samples)
-        inputs = self.normalise(np.stack(pixels))  # (B, 3, S, S)
+        check_inputs(size, pixels, grids, case_ids, slice_indices, num_inference_steps, num_samples)
 
         # 2. Encode once, then one reverse process per sample
+        samples = self.sample(
+            pixels,
+            num_inference_steps=num_inference_steps,
+            num_samples=num_samples,
+            seed=seed,
+            case_ids=case_ids,
+            slice_indices=slice_indices,
+            first_sample=first_sample,
+        )
+
+        # 3. Back to every image's own grid, and only then to classes
+        output = SDSegOutput([], [], [], [] if return_samples else None)
+        for grid, own in zip(grids, samples, strict=True):
+            label_map, mean, uncertainty, on_case = on_case_grid(own, grid, threshold)
+            output.label_maps.append(label_map)
+            output.probabilities.append(mean)
+            output.uncertainty.append(uncertainty)
+            if output.samples is not None:
+                output.samples.append(on_case)
+        return output
+
+    @torch.no_grad()
+    def sample(
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        num_inference_steps: int = 1,
+        num_samples: int = 1,
+        seed: int = 0,
+        case_ids: Sequence[str],
+        slice_indices: Sequence[int],
+        first_sample: int = 0,
+        pad_to: int = 0,
+    ) -> np.ndarray:
+        """Draw probabilities on the model's grid; the arguments are those of the call.
+
+        Args:
+            images: uint8, (S, S, 3), one per image.
+            num_inference_steps: reverse steps.
+            num_samples: draws of the noise.
+            seed: names the noise.
+            case_ids: names of the cases.
+            slice_indices: which slice of its case each image is.
+            first_sample: index of the first draw.
+            pad_to: images that the networks are given at least: a compiled graph is made for one shape. What
+                is added is thrown away.
+
+        Returns:
+            float32, (B, N, K, S, S).
+        """
+        # Padded before they become tensors: other strides would be another graph.
+        blanks = [np.zeros_like(images[0])] * (pad_to - len(images))
+        inputs = self.normalise(np.stack([*images, *blanks]))  # (B, 3, S, S)
         conditioning = self.image_encoder(inputs) if self.is_diffusion else None
         drawn = []
         for sample_index in range(first_sample, first_sample + num_samples):
@@ -197,22 +254,11 @@ class SDSegPipeline(DiffusionPipeline):
                     (seed, case, index, sample_index)
                     for case, index in zip(case_ids, slice_indices, strict=True)
                 ]
-                scores = self.denoise(conditioning, self.draw_noise(keys), num_inference_steps)
+                noise = _padded(self.draw_noise(keys), pad_to)
+                scores = self.denoise(conditioning, noise, num_inference_steps)
                 probabilities = scores_to_probabilities(scores)
-            drawn.append(probabilities.cpu().numpy())
-        samples = np.stack(drawn, axis=1)  # (B, N, K, S, S)
-
-        # 3. Back to every image's own grid, and only then to classes
-        output = SDSegOutput([], [], [], [] if return_samples else None)
-        for grid, own in zip(grids, samples, strict=True):
-            on_case = grid.probabilities_to_case(own)  # (N, K, H, W)
-            mean = on_case.mean(axis=0)
-            output.label_maps.append(probabilities_to_labels(mean, threshold))
-            output.probabilities.append(mean)
-            output.uncertainty.append(_spread(on_case))
-            if output.samples is not None:
-                output.samples.append(on_case)
-        return output
+            drawn.append(probabilities[: len(images)].cpu().numpy())
+        return np.stack(drawn, axis=1)
 
     def normalise(self, images: np.ndarray) -> torch.Tensor:
         """Turn images, uint8 (B, S, S, 3), into the networks' input, (B, 3, S, S) in [-1, 1]."""
@@ -263,32 +309,61 @@ class SDSegPipeline(DiffusionPipeline):
             scores[:, 0] = -scores[:, 0]
         return scores
 
-    def _check(
-        self,
-        pixels: Sequence[np.ndarray],
-        grids: Sequence[Grid],
-        case_ids: Sequence[str],
-        slice_indices: Sequence[int],
-        num_inference_steps: int,
-        num_samples: int,
-    ) -> None:
-        if not pixels:
-            raise ValueError("no images were given; expected at least one")
-        for name, values in {"grids": grids, "case_ids": case_ids, "slice_indices": slice_indices}.items():
-            if len(values) != len(pixels):
-                raise ValueError(f"{name} has {len(values)} entries for {len(pixels)} images")
-        size = self.config.image_size
-        for array in pixels:
-            if array.shape != (size, size, 3):
-                raise ValueError(
-                    f"an image on the model's grid is {array.shape}, expected {(size, size, 3)}; "
-                    "leave out grids to have images resized"
-                )
-        if num_inference_steps < 1 or num_samples < 1:
+
+def check_inputs(
+    size: int,
+    pixels: Sequence[np.ndarray],
+    grids: Sequence[Grid],
+    case_ids: Sequence[str],
+    slice_indices: Sequence[int],
+    num_inference_steps: int,
+    num_samples: int,
+) -> None:
+    """Refuse what does not fit together; ``size`` is the side of the model's grid.
+
+    Raises:
+        ValueError: the message says what does not fit.
+    """
+    if not pixels:
+        raise ValueError("no images were given; expected at least one")
+    for name, values in {"grids": grids, "case_ids": case_ids, "slice_indices": slice_indices}.items():
+        if len(values) != len(pixels):
+            raise ValueError(f"{name} has {len(values)} entries for {len(pixels)} images")
+    for array in pixels:
+        if array.shape != (size, size, 3):
             raise ValueError(
-                f"num_inference_steps is {num_inference_steps} and num_samples is {num_samples}; "
-                "both must be at least 1"
+                f"an image on the model's grid is {array.shape}, expected {(size, size, 3)}; "
+                "leave out grids to have images resized"
             )
+    if num_inference_steps < 1 or num_samples < 1:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps} and num_samples is {num_samples}; "
+            "both must be at least 1"
+        )
+
+
+def on_case_grid(
+    samples: np.ndarray, grid: Grid, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bring one image's samples back to its own grid, and only then choose classes.
+
+    Args:
+        samples: float32, (N, K, S, S), probabilities on the model's grid.
+        grid: the way back.
+        threshold: for binary masks.
+
+    Returns:
+        Label map uint8 (H, W), mean probabilities (K, H, W), uncertainty (H, W), samples (N, K, H, W).
+    """
+    on_case = grid.probabilities_to_case(samples)
+    mean = on_case.mean(axis=0)
+    return probabilities_to_labels(mean, threshold), mean, _spread(on_case), on_case
+
+
+def _padded(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Add zeros along the first axis up to ``count``."""
+    missing = count - len(tensor)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
 
 
 def scores_to_probabilities(scores: torch.Tensor) -> torch.Tensor:

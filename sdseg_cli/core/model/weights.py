@@ -19,6 +19,7 @@ from sdseg_cli.core.errors import ModelError, UsageError
 from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.latents import Autoencoder, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
 from sdseg_cli.core.model.pipeline import SDSegPipeline
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.unet import SDSegUNet
@@ -432,6 +433,41 @@ def _hub_remedy(location: str, error: BaseException) -> str:
     if status in (401, 403, 404):
         return f" The hub answered {status}: check the name, and for a private model the token (HF_TOKEN)."
     return " Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or copy the model here and give its folder."
+
+
+def replace_decoder(pipeline: SDSegPipeline, location: str) -> None:
+    """Put a distilled decoder in the place of a pipeline's autoencoder.
+
+    Args:
+        pipeline: changed in place; it can then predict, and no longer encode masks.
+        location: folder of a :class:`MaskDecoder`.
+
+    Raises:
+        UsageError: there is none, or it was made for another autoencoder.
+    """
+    quiet_diffusers()
+    folder = Path(location)
+    remedy = "Make one with: sdseg autoencoder --distill KL --out FOLDER"
+    try:
+        kind = MaskDecoder.load_config(folder).get("_class_name") if folder.is_dir() else "no folder"
+        if kind != "MaskDecoder":
+            raise ValueError(f"found {kind}, expected a MaskDecoder")
+        decoder, found = MaskDecoder.from_pretrained(folder, output_loading_info=True)
+        _refuse_partial(found["missing_keys"], found["unexpected_keys"])
+    except _LOAD_FAILURES as error:
+        raise UsageError(f"--decoder {location} cannot be read ({_reason(error)}). {remedy}") from error
+    if not isinstance(pipeline.autoencoder, AutoencoderKL):
+        raise UsageError(
+            f"--decoder {location} reads the latents of a KL autoencoder, and this model has none. Leave it "
+            "out: the model's own decoder is small."
+        )
+    own = fingerprint(pipeline.autoencoder)
+    if decoder.config["made_for"] != own:
+        raise UsageError(
+            f"--decoder {location} was made for another KL autoencoder ({decoder.config['made_for'][:12]}, "
+            f"the model's is {own[:12]}). {remedy}, where KL is MODEL/autoencoder of this model."
+        )
+    pipeline.register_modules(autoencoder=decoder.eval().requires_grad_(False).to(pipeline.device))
 
 
 def _check_whole(network: torch.nn.Module, folder: Path) -> None:

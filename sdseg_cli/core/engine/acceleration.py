@@ -1,0 +1,118 @@
+"""What makes networks faster without changing what they compute: memory layout and compilation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+WORTH_COMPILING = 512  # images on a GPU from which on compiling is expected to pay back its minute
+_LARGEST_BATCH = 64  # beyond it no network here runs faster, and the last batch is padded to it
+_SHARE_OF_FREE_MEMORY = 0.6  # the rest is left to the allocator's gaps and to other programs
+
+
+def use_channels_last(networks: list[nn.Module], device: torch.device) -> None:
+    """Lay the convolutions' weights out as tensor cores read them; elsewhere they stay as they are."""
+    if device.type == "cuda":
+        for network in networks:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compile_cache() -> Path:
+    """Folder of compiled networks: TORCHINDUCTOR_CACHE_DIR, else in the user's cache folder."""
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sdseg" / "compiled"
+
+
+def compile_networks(networks: list[nn.Module]) -> None:
+    """Compile networks in place, for fixed shapes; the work is done at their next call.
+
+    Types, names of weights and configurations stay what they were, so that nothing else need know.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache()))
+    for network in networks:
+        network.compile(dynamic=False)
+
+
+def undo_compile(networks: list[nn.Module]) -> None:
+    """Let networks run as written again."""
+    for network in networks:
+        network._compiled_call_impl = None
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Say what compiling lacks here, or None; a GPU's kernels need a host compiler too."""
+    wanted = os.environ.get("CXX")
+    usual = ["g++", "clang++", "c++"] if device.type == "cpu" else ["gcc", "clang", "cc"]
+    names = [wanted] if wanted else usual
+    if not any(shutil.which(name) for name in names):
+        return f"no C++ compiler was found (looked for {', '.join(names)})"
+    return None
+
+
+def try_compiled(
+    networks: list[nn.Module], warm_up: Callable[[], object], device: torch.device
+) -> str | None:
+    """Compile networks and run them once; where that fails they run as written.
+
+    Args:
+        networks: compiled in place.
+        warm_up: runs them on the shapes that are to come.
+        device: where they are.
+
+    Returns:
+        None, or why they run as written.
+
+    Raises:
+        torch.OutOfMemoryError: also as written they would not fit.
+    """
+    lacking = missing_compiler(device)
+    if lacking is not None:
+        return lacking
+    compile_networks(networks)
+    try:
+        warm_up()
+    except torch.OutOfMemoryError:
+        undo_compile(networks)
+        raise
+    except Exception as error:  # a compiler fails in many ways, and none of them is the user's fault
+        undo_compile(networks)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {' '.join(lines[:2])[:300] or 'no reason given'}"
+    return None
+
+
+def fitting_batch(free_bytes: int, bytes_per_image: float) -> int:
+    """Largest power of two of images, at most 64, that fits well into the free memory; at least 1."""
+    most = int(_SHARE_OF_FREE_MEMORY * free_bytes / max(bytes_per_image, 1.0))
+    return 2 ** (max(1, min(most, _LARGEST_BATCH)).bit_length() - 1)
+
+
+class MemoryMeter:
+    """Free memory of a device, and the peak that a computation adds to what was in use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free_bytes(self) -> int:
+        """Bytes that this process can still get: the device's free ones and its own idle ones."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + idle
+
+    @contextmanager
+    def peak(self) -> Iterator[list[int]]:
+        """Measure: the list holds the added peak in bytes once the block has ended."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        found: list[int] = []
+        yield found
+        found.append(torch.cuda.max_memory_allocated(self.device) - before)

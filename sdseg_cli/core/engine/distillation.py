@@ -1,0 +1,130 @@
+"""Trains a small decoder to read the latents that a KL autoencoder gives to masks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from sdseg_cli.core.engine.autoencoder_training import AutoencoderStep, mask_loss
+from sdseg_cli.core.model.latents import decode_latents, posterior
+from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
+from sdseg_cli.core.seeding import generator_for
+
+_CHUNK = 4  # masks at a time through the KL autoencoder: these take about 1 GiB at 256 pixels
+
+
+@torch.no_grad()
+def encode_masks(
+    autoencoder: AutoencoderKL, masks: Sequence[np.ndarray], *, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield the unscaled mean latents of masks (S, S) in {0, 1}, float32 (C, S/8, S/8), on the CPU."""
+    for start in range(0, len(masks), _CHUNK):
+        chunk = torch.from_numpy(np.stack(masks[start : start + _CHUNK])).float().unsqueeze(1)
+        yield from posterior(autoencoder, chunk.to(device)).mode().float().cpu()
+
+
+def make_mask_decoder(
+    autoencoder: AutoencoderKL, latents: torch.Tensor, channels: tuple[int, int] = (64, 128)
+) -> MaskDecoder:
+    """Make an untrained decoder for an autoencoder, with the mean and spread of its latents (N, C, h, w)."""
+    return MaskDecoder(
+        latent_channels=autoencoder.config["latent_channels"],
+        decoder_channels=channels,
+        latent_mean=float(latents.mean()),
+        latent_std=max(float(latents.std()), 1e-6),
+        made_for=fingerprint(autoencoder),
+    )
+
+
+def train_mask_decoder(
+    decoder: MaskDecoder,
+    latents: torch.Tensor,
+    masks: Sequence[np.ndarray],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    report_every: int = 50,
+    max_latent_noise: float = 0.5,
+) -> Iterator[AutoencoderStep]:
+    """Train in place; an unread iterator trains nothing.
+
+    Args:
+        decoder: already on ``device``.
+        latents: float32, (N, C, h, w), of the masks.
+        masks: uint8, (S, S) each, values in {0, 1}.
+        steps: optimizer steps.
+        batch_size: masks per step.
+        learning_rate: peak of a cosine schedule with 5 % warm-up.
+        seed: names every random draw.
+        device: where to train.
+        report_every: steps between two reports.
+        max_latent_noise: noise on the latents, at most, in their standard deviations: what a denoiser says
+            is no exact latent.
+
+    Yields:
+        A report every ``report_every`` steps and after the last one.
+    """
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=1e-4)
+    decoder.train()
+    spread = decoder.config["latent_std"] * max_latent_noise
+    losses: list[float] = []
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        rate = min(1.0, step / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        generator = generator_for("distillation", seed, step)
+        chosen = torch.randint(len(masks), (batch_size,), generator=generator)
+        truth = torch.from_numpy(np.stack([masks[int(i)] for i in chosen])).float().unsqueeze(1).to(device)
+        given = latents[chosen]
+        # Half of the latents stay exact: agreement with the full decoder is asked for there.
+        level = (torch.rand(batch_size, 1, 1, 1, generator=generator) * 2 - 1).clamp(min=0)
+        given = given + level * spread * torch.randn(given.shape, generator=generator)
+        loss = mask_loss(decoder.decode_logits(given.to(device)), truth)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % report_every == 0 or step == steps:
+            per_second = step * batch_size / (time.monotonic() - started)
+            yield AutoencoderStep(step, float(np.mean(losses)), per_second)
+            losses.clear()
+    decoder.eval()
+
+
+@torch.no_grad()
+def agreement(
+    decoder: MaskDecoder, autoencoder: AutoencoderKL, masks: Sequence[np.ndarray], *, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare both decoders on the latents of masks (S, S) in {0, 1}.
+
+    Returns:
+        Dice of the small decoder's masks with the full decoder's, and with the true masks, float64; empty
+        masks are left out.
+    """
+    with_full: list[float] = []
+    with_truth: list[float] = []
+    filled = [mask for mask in masks if mask.any()]
+    for start in range(0, len(filled), _CHUNK):
+        truth = torch.from_numpy(np.stack(filled[start : start + _CHUNK])).float().unsqueeze(1).to(device)
+        latents = posterior(autoencoder, truth).mode()
+        small = decode_latents(decoder, latents, scale=1.0) > 0.5
+        full = decode_latents(autoencoder, latents, scale=1.0) > 0.5
+        with_full += _dice(small, full)
+        with_truth += _dice(small, truth > 0.5)
+    return np.asarray(with_full), np.asarray(with_truth)
+
+
+def _dice(one: torch.Tensor, other: torch.Tensor) -> list[float]:
+    overlap = (one & other).sum(dim=(1, 2, 3)).double()
+    total = (one.sum(dim=(1, 2, 3)) + other.sum(dim=(1, 2, 3))).double()
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0).cpu().tolist()

@@ -1,0 +1,151 @@
+"""The distilled decoder: it learns to agree with the full one, and stands in its place."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from sdseg_cli.commands.autoencoder import autoencoder as command
+from sdseg_cli.core.engine.distillation import encode_masks, make_mask_decoder, train_mask_decoder
+from sdseg_cli.core.engine.inference import load_predictor
+from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.model.image_encoder import KLImageEncoder
+from sdseg_cli.core.model.latents import decode_latents, decode_logits, spatial_factor
+from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
+from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
+from sdseg_cli.core.model.pipeline import SDSegPipeline
+from sdseg_cli.core.model.schedule import make_scheduler
+from sdseg_cli.core.model.unet import SDSegUNet
+from sdseg_cli.core.run_directory import resolve_model
+
+CPU = torch.device("cpu")
+
+
+def make_kl(seed: int = 0) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return (
+        AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kl")
+    make_kl().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pipeline on that KL autoencoder."""
+    torch.manual_seed(1)
+    pipeline = SDSegPipeline(
+        unet=SDSegUNet(sample_size=4, channels=(32,), blocks=1, heads=4, attention_strides=()),
+        image_encoder=KLImageEncoder(channels=(32, 32, 32, 32), blocks=1),
+        autoencoder=make_kl(),
+        scheduler=make_scheduler("sample"),
+        image_size=32,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(kl, tmp_path_factory):
+    """What the command makes in a few steps."""
+    out = tmp_path_factory.mktemp("small") / "decoder"
+    command(out=out, distill=str(kl), steps=3, batch_size=2, masks=16, size=64, crop=64, device="cpu")
+    return out
+
+
+def squares(count: int, size: int = 32) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        mask = np.zeros((size, size), np.uint8)
+        top, left = draw.integers(0, size // 2, 2)
+        mask[top : top + size // 2, left : left + size // 2] = 1
+        found.append(mask)
+    return found
+
+
+def test_it_learns_what_the_latents_of_masks_mean():
+    masks = squares(24)
+    latents = torch.stack(list(encode_masks(make_kl(), masks, device=CPU)))
+    assert latents.shape == (24, 4, 4, 4)
+    decoder = make_mask_decoder(make_kl(), latents, (16, 32))
+    options = {"steps": 60, "batch_size": 8, "learning_rate": 5e-3, "seed": 0, "device": CPU}
+    reports = list(train_mask_decoder(decoder, latents, masks, report_every=20, **options))
+    assert [report.step for report in reports] == [20, 40, 60]
+    assert reports[-1].loss < 0.5 * reports[0].loss
+
+
+def test_the_command_makes_a_decoder_that_a_prediction_can_use(small, model):
+    plain = load_predictor(resolve_model(str(model)), device="cpu")
+    swapped = load_predictor(resolve_model(str(model)), device="cpu", decoder=str(small))
+    assert isinstance(swapped.pipeline.autoencoder, MaskDecoder)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = swapped.pipeline(image).probabilities[0]
+    assert found.shape == (2, 32, 32)
+    assert not np.array_equal(found, plain.pipeline(image).probabilities[0])
+    assert len(swapped.pipeline.computing_networks()) == 3
+
+
+def test_it_is_written_as_it_was_trained_and_reads_unscaled_latents(small):
+    decoder = MaskDecoder.from_pretrained(small).eval()
+    assert decoder.config["made_for"] == fingerprint(make_kl())
+    assert decoder.config["latent_std"] > 0
+    assert spatial_factor(decoder) == 8
+    latents = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        score = decoder.decode(latents / 0.5).sample
+        torch.testing.assert_close(decode_latents(decoder, latents, 0.5), (score + 1) / 2)
+        torch.testing.assert_close(torch.tanh(decode_logits(decoder, latents, 0.5) / 2), score)
+
+
+def test_a_copy_at_half_size_has_the_same_fingerprint_and_other_weights_another():
+    assert fingerprint(make_kl().half()) == fingerprint(make_kl())
+    assert fingerprint(make_kl(1)) != fingerprint(make_kl())
+
+
+@pytest.mark.faults
+def test_a_decoder_of_another_autoencoder_is_refused(small, model, tmp_path):
+    shutil.copytree(small, tmp_path / "other")
+    decoder = MaskDecoder.from_pretrained(small)
+    decoder.register_to_config(made_for=fingerprint(make_kl(1)))
+    decoder.save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="was made for another KL autoencoder"):
+        load_predictor(resolve_model(str(model)), device="cpu", decoder=str(tmp_path / "other"))
+
+
+@pytest.mark.faults
+def test_what_is_no_decoder_is_refused_with_the_command_that_makes_one(kl, model, tmp_path):
+    MaskAutoencoder().save_pretrained(tmp_path / "mask")
+    for folder in (kl, tmp_path / "mask", tmp_path / "nothing"):
+        with pytest.raises(UsageError, match="sdseg autoencoder --distill KL"):
+            load_predictor(resolve_model(str(model)), device="cpu", decoder=str(folder))
+
+
+@pytest.mark.faults
+def test_what_is_no_kl_autoencoder_is_refused_before_any_work(tmp_path):
+    MaskAutoencoder().save_pretrained(tmp_path / "mask")
+    with pytest.raises(ModelError, match="holds no KL autoencoder"):
+        command(
+            out=tmp_path / "out", distill=str(tmp_path / "mask"), masks=16, size=64, crop=64, device="cpu"
+        )
+    assert not (tmp_path / "out").exists()
