@@ -451,6 +451,7 @@ def test_a_joint_training_sees_the_noisy_latents_of_all_class_masks(
     encoded = []
     posterior = training.posterior
     monkeypatch.setattr(training, "posterior", lambda *a: (encoded.append(a[1]), posterior(*a))[1])
+    monkeypatch.setattr(training.Training, "_make_latent_cache", lambda self: None)
     batches = []
     losses = training.Training._losses
     monkeypatch.setattr(
@@ -518,12 +519,16 @@ def test_compiled_training_without_a_compiler_is_refused(tiny_recipe, trained, t
         trained(tiny_recipe({"train.compile": True}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("data", ["polyps", "organs"])
+@pytest.mark.parametrize(
+    ("data", "multiclass"),
+    [("polyps", "class_conditional"), ("organs", "class_conditional"), ("organs", "joint")],
+)
 def test_latents_that_were_kept_train_the_same(
-    data, made, request, tiny_recipe, trained, tmp_path, monkeypatch
+    data, multiclass, made, request, tiny_recipe, trained, tmp_path, monkeypatch
 ):
     folder = str(request.getfixturevalue(data))
-    changes = filled({"model.autoencoder": "KL", "data.dataset": folder, "train.steps": 8}, made)
+    changes = {"model.autoencoder": "KL", "data.dataset": folder, "train.steps": 8}
+    changes = filled({**changes, "model.multiclass": multiclass}, made)
     caches = []
     make = training.Training._make_latent_cache
 
@@ -533,7 +538,8 @@ def test_latents_that_were_kept_train_the_same(
 
     monkeypatch.setattr(training.Training, "_make_latent_cache", noted)
     kept = trained(tiny_recipe(changes), tmp_path / "kept")
-    assert 0 < len(caches[0]) < 8 * 4  # 32 draws, some of a mask that was met before
+    most = 8 * 4 * (3 if multiclass == "joint" else 1)
+    assert 0 < len(caches[0]) < most  # draws, some of a mask that was met before
     monkeypatch.setattr(training.Training, "_make_latent_cache", lambda trainer: None)
     encoded = trained(tiny_recipe(changes), tmp_path / "encoded")
     assert kept.losses[0] == pytest.approx(encoded.losses[0], rel=1e-6)
