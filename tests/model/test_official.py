@@ -198,7 +198,7 @@ def test_a_converted_pipeline_is_saved_loaded_and_predicts(tmp_path):
     images = [np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)]
     before, after = (pipe(images).probabilities[0] for pipe in (pipeline, load_pipeline(str(tmp_path))))
     assert before.shape == (4, 20, 30)
-    assert np.array_equal(before, after)
+    np.testing.assert_allclose(before, after, rtol=0, atol=1e-5)  # a file's tensors lie elsewhere in memory
 
 
 def test_the_classes_of_a_class_conditional_checkpoint_may_be_named_and_be_fewer():
