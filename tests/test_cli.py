@@ -20,6 +20,10 @@ ALL_COMMANDS = [
     "prepare",
     "prepare kseg",
     "prepare cvc",
+    "prepare refuge",
+    "prepare btcv",
+    "prepare sts3d",
+    "prepare nnunet",
     "prepare folder",
     "prepare phantom",
 ]

@@ -168,7 +168,8 @@ OTHER_IDS = {
         *(f"V{number:04d}" for number in range(1, 401)),
     ],
     "btcv": [
-        f"{number:04d}" for number in (*range(5, 8), 9, 10, 21, 23, 24, *range(26, 29), 30, 31, 33, 34, 37, 39, 40)
+        f"{number:04d}"
+        for number in (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
     ],
     "sts3d": [f"{number:04d}" for number in range(1, 10)],
 }  # fmt: skip

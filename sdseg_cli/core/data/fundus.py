@@ -27,6 +27,7 @@ CROPS: tuple[Crop, ...] = get_args(Crop)
 CROP_SCALE = 2.0
 """Side of the crop over the longer side of the disc."""
 _RIM = 128
+_RIM_INVERTED = 127  # what 255 - 128 comes to
 _DISC_SHARE = 0.13  # a disc's diameter over the photograph's height, about
 _BRIGHT_SHARE = 0.5  # of the way from the typical to the greatest brightness
 
@@ -126,6 +127,9 @@ def _cup_and_disc(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     """Cup and disc, bool (H, W), and whether the mask is one with the values turned round."""
     values = read_label_map(path)
     found = np.unique(values).tolist()
+    if _RIM_INVERTED in found and _RIM not in found:
+        values = np.where(values == _RIM_INVERTED, np.uint8(_RIM), values)
+        found = np.unique(values).tolist()
     if not set(found) <= {0, _RIM, 255} or len(found) < 2:
         shown = ", ".join(map(str, found[:8]))
         raise DataError(f"{path}: mask values {shown}; expected 0 (cup), 128 (rim of the disc) and 255.")

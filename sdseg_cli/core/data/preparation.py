@@ -40,6 +40,7 @@ SPLIT_FILE = "split.yaml"
 SHEET_FILE = "contact_sheet.png"
 _SHEET_ITEMS = 24
 _SHOWN_PROBLEMS = 100
+_AHEAD = 32  # cases; a prepared volume takes some 30 MB
 
 SheetItem = tuple[str, np.ndarray, np.ndarray]  # title, image, label map; both on the model grid
 
@@ -87,6 +88,11 @@ class RawCase:
     channel_paths: tuple[Path, ...] = ()
     image_name: str = ""
     label_name: str = ""
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the image is a volume by its name."""
+        return self.image_path is not None and volume_suffix(self.image_path) is not None
 
 
 @dataclass(frozen=True)
@@ -429,12 +435,11 @@ def _in_order(
         for job in jobs:
             yield job()
         return
-    most = 4 * executor._max_workers
     ahead: deque[Future[_Converted | Problem]] = deque()
     try:
         for job in jobs:
             ahead.append(executor.submit(job))
-            if len(ahead) >= most:
+            if len(ahead) >= _AHEAD:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

@@ -29,7 +29,8 @@ def read_volume_pair(
     Raises:
         DataError: a file cannot be read, the two do not lie on one another, or labels are unknown.
     """
-    channels, notes = [], []
+    channels: list[np.ndarray] = []
+    notes: list[str] = []
     volumes = [read_volume(path) for path in image_paths]
     labels = _labels(label_path, geometry)
     for path, other in [*zip(image_paths[1:], volumes[1:], strict=True), (label_path, labels)]:

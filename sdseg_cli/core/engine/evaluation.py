@@ -273,7 +273,7 @@ def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> l
         stacks = np.zeros((2, count, *planes[0].truth.shape), np.uint8)
         for plane in planes:
             stacks[:, plane.slice_index - first] = plane.label_map, plane.truth
-        surfaces = _surfaces(*stacks, num_classes, spacing)
+        surfaces = _surfaces(stacks[0], stacks[1], num_classes, spacing)
         has_spacing = True
     return [replace(part, surfaces=surfaces, has_spacing=has_spacing, plane=None) for part in parts]
 
@@ -296,9 +296,7 @@ def _score_case(
     return CaseScores(case_id, group, len(parts), unit, tuple(scores), worst.picture)
 
 
-def _class_scores(
-    name: str, counts: Counts, surface: SurfaceScores, convention: Convention
-) -> ClassScores:
+def _class_scores(name: str, counts: Counts, surface: SurfaceScores, convention: Convention) -> ClassScores:
     if counts.is_missed or counts.is_false_alarm:  # however far slices are apart
         surface = SurfaceScores(math.inf, math.inf)
     return ClassScores(
