@@ -83,7 +83,7 @@ def test_btcv_is_found_as_published_and_its_volumes_become_slices(btcv_tree, tmp
     item = view[2]
     assert item.spacing_mm == (5.0, 3.0, 2.0)
     # Feet first, the front at the top, the patient's right at the left: the array of an LPS scan, transposed.
-    voxels, labels = scan(1)
+    voxels, _ = scan(1)
     expected = np.zeros((8, 6), np.uint8)
     expected[2:6, 1:4] = benchmark.classes.index("liver")
     expected[6, 4] = benchmark.classes.index("pancreas")
