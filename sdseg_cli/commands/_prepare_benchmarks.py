@@ -125,6 +125,7 @@ def refuge(
         sdseg prepare refuge --source REFUGE2.zip --crop bright --out data/refuge-bright
     """
     from sdseg_cli.core.data.benchmarks import refuge as refuge_with
+    from sdseg_cli.core.data.fundus import CROP_SCALE
 
     if crop == "truth":
         from sdseg_cli.console import warn
@@ -143,7 +144,7 @@ def refuge(
         exclude_bad=exclude_bad,
         overwrite=overwrite,
         workers=workers,
-        details={"crop": crop},
+        details={"crop": crop, "crop_scale": None if crop == "none" else CROP_SCALE},
     )
 
 

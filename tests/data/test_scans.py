@@ -240,6 +240,23 @@ def test_labels_of_nnunet_that_sdseg_cannot_learn_are_refused(tmp_path, labels, 
         read_nnunet(nnunet_tree(tmp_path, {**V2, "labels": labels}))
 
 
+def test_pictures_of_nnunet_are_read_as_pictures(tmp_path):
+    labels = np.zeros((12, 10), np.uint8)
+    labels[3:6, 2:5] = 1
+    for folder, name, array in (("imagesTr", "x_0000", labels * 90), ("labelsTr", "x", labels)):
+        (tmp_path / "raw" / folder).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / "raw" / folder / f"{name}.png")
+    content = {**V2, "channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
+    (tmp_path / "raw" / "dataset.json").write_text(json.dumps(content))
+    dataset = read_nnunet(tmp_path / "raw")
+    assert not dataset.holds_volumes
+    pairs = find_nnunet(dataset, None)  # one file holds all three channels
+    _, prepared = run(
+        pairs, tmp_path / "out", dataset.classes, holds_volumes=False, label_values={0: 0, 1: 1}
+    )
+    assert np.array_equal(prepared.split("train")[0].label_map, labels)
+
+
 # REFUGE2
 
 
