@@ -311,13 +311,15 @@ def test_prepare_btcv_then_train_then_evaluate_scores_whole_volumes(sdseg, scans
     changes = [item for key, value in tiny.items() for item in ("--set", f"{key}={value}")]
     code, _, messages = sdseg("train", "--recipe", "demo", *changes, "--out", "run", "--device", "cpu")
     assert code == 0, messages
+    written = json.loads(next((scans / "run").rglob("model_index.json")).read_text())["training_data"]
+    assert (written["window"], written["axis"]) == ([-175, 250], "axial")
     code, _, messages = sdseg(
         "evaluate", "--run", "run", "--split", "test", "--device", "cpu", "--out", "scores"
     )
     assert code == 0, messages
-    with next((scans / "scores").rglob("*cases*.csv")).open() as file:
+    with next((scans / "scores").rglob("cases.csv")).open() as file:
         (row,) = csv.DictReader(file)
-    assert (row["case_id"], row["slices"], row["class"]) == ("0001", "3", "organs")
+    assert (row["case"], row["slices"], row["class"]) == ("0001", "3", "organs")
 
 
 @pytest.mark.parametrize("command", ["refuge", "btcv", "sts3d"])
