@@ -303,7 +303,7 @@ def test_prepare_btcv_then_train_then_evaluate_scores_whole_volumes(sdseg, scans
     assert (manifest.preparation["window"], manifest.preparation["organs"]) == ([-175, 250], "binary")
     monkeypatch.chdir(scans)
     tiny = {
-        "data.dataset": "out", "data.image_size": 32, "data.workers": 0, "model.unet_channels": "[8, 16]",
+        "data.dataset": "out", "data.image_size": 32, "data.workers": 0, "model.unet_channels": "[32, 32]",
         "model.unet_heads": 2, "model.unet_attention_strides": "[]", "train.steps": 2, "train.batch_size": 2,
         "train.warmup_steps": 0, "train.validate_every": 2, "train.checkpoint_every": 2,
         "train.trackers": "[]",
