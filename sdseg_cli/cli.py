@@ -52,7 +52,7 @@ sdseg stability --runs 10           # how much the masks depend on the noise
 sdseg runs                          # what was trained here
 accelerate launch --multi_gpu -m sdseg_cli train --recipe kseg
 
-Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, demo.
+Shipped recipes: kseg, kseg-fast, cvc, cvc-fast, refuge, btcv, btcv-8, btcv-13, sts3d, demo.
 """
 
 _PROGRAMS = ("sdseg", "accelerate", "torchrun", "python")

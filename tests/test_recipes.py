@@ -50,7 +50,8 @@ def refusal(**values: object) -> str:
 
 
 def test_there_are_recipes_to_test():
-    assert {path.stem for path in FILES} == {"kseg", "cvc", "kseg-fast", "cvc-fast", "demo"}
+    papers = {"kseg", "cvc", "refuge", "btcv", "btcv-8", "btcv-13", "sts3d"}
+    assert {path.stem for path in FILES} == papers | {"kseg-fast", "cvc-fast", "demo"}
     assert shipped_recipes() == sorted(path.stem for path in FILES)
     assert (resources_root() / "splits" / "kseg.yaml").is_file()
 
@@ -79,7 +80,7 @@ def test_every_shipped_recipe_opens_with_what_a_reader_needs(path):
         assert word in header, word
 
 
-@pytest.mark.parametrize("name", ["kseg", "cvc"])
+@pytest.mark.parametrize("name", ["kseg", "cvc", "refuge", "btcv", "btcv-8", "btcv-13", "sts3d"])
 def test_the_papers_recipes_hold_the_papers_settings(name):
     recipe = load_recipe(name)
     assert recipe.data.image_size == 256
@@ -298,7 +299,7 @@ def test_a_recipe_that_is_not_there_is_named_with_those_that_are(name, message):
     with pytest.raises(RecipeError) as caught:
         load_recipe(name)
     assert str(caught.value).startswith(message)
-    assert "cvc, cvc-fast, demo, kseg, kseg-fast." in str(caught.value)
+    assert "btcv, btcv-13, btcv-8, cvc, cvc-fast, demo, kseg, kseg-fast, refuge, sts3d." in str(caught.value)
 
 
 @pytest.mark.faults

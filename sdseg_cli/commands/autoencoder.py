@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,13 +193,10 @@ def _dataset_masks(data: Path, split: str, size: int) -> list[np.ndarray]:
     import numpy as np
 
     from sdseg_cli.core.data.prepared import PreparedDataset
-    from sdseg_cli.core.grid import Grid
 
     masks = []
     for item in PreparedDataset.open(data).split(split):
-        labels = Grid(item.grid.height, item.grid.width, size, item.grid.resize).labels_to_model(
-            item.label_map
-        )
+        labels = replace(item.grid, size=size).labels_to_model(item.label_map)
         masks += [(labels == label).astype(np.uint8) for label in np.unique(labels) if label]
     return masks
 

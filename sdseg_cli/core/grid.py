@@ -1,7 +1,8 @@
 """The way from a case's own grid to the model's square grid, and back.
 
-The paper squeezes every image to a square; ``pad`` keeps the aspect ratio instead. Either way the
-transform is a value that is recorded with the data and inverted exactly.
+The paper squeezes every image to a square; ``pad`` keeps the aspect ratio instead, and a crop shows the
+model a part of the image alone. Either way the transform is a value that is recorded with the data and
+inverted exactly.
 """
 
 from __future__ import annotations
@@ -13,25 +14,43 @@ import numpy as np
 from PIL import Image
 
 Resize = Literal["squeeze", "pad"]
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) in pixels."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How one slice of ``height`` x ``width`` pixels lies on the model's ``size`` x ``size`` grid."""
+    """How one slice of ``height`` x ``width`` pixels lies on the model's ``size`` x ``size`` grid.
+
+    ``crop`` is the part of the slice that the model sees, inside the slice; None is all of it.
+    """
 
     height: int
     width: int
     size: int
     resize: Resize = "squeeze"
+    crop: Box | None = None
+
+    def __post_init__(self) -> None:
+        top, left, height, width = self.seen
+        fits = top >= 0 and left >= 0 and top + height <= self.height and left + width <= self.width
+        if not fits or min(height, width) < 1:
+            raise ValueError(f"crop {self.crop} does not lie inside {self.height}x{self.width} pixels")
 
     @property
-    def content(self) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the image on the model's grid, in pixels."""
+    def seen(self) -> Box:
+        """The part of the slice that the model sees."""
+        return self.crop if self.crop is not None else (0, 0, self.height, self.width)
+
+    @property
+    def content(self) -> Box:
+        """Where the part that is seen lies on the model's grid."""
         if self.resize == "squeeze":
             return 0, 0, self.size, self.size
-        scale = self.size / max(self.height, self.width)
-        height = max(1, round(self.height * scale))
-        width = max(1, round(self.width * scale))
+        _, _, height, width = self.seen
+        scale = self.size / max(height, width)
+        height = max(1, round(height * scale))
+        width = max(1, round(width * scale))
         return (self.size - height) // 2, (self.size - width) // 2, height, width
 
     def image_to_model(self, image: np.ndarray) -> np.ndarray:
@@ -43,7 +62,7 @@ class Grid:
         Returns:
             uint8, (size, size, 3); with ``pad``, black outside the content.
         """
-        self._check(image, "image")
+        image = self._cropped(image, "image")
         top, left, height, width = self.content
         resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
         return self._place(resized, top, left)
@@ -57,7 +76,7 @@ class Grid:
         Returns:
             uint8, (size, size); with ``pad``, 0 outside the content.
         """
-        self._check(label_map, "label map")
+        label_map = self._cropped(label_map, "label map")
         top, left, height, width = self.content
         resized = np.asarray(Image.fromarray(label_map).resize((width, height), Image.Resampling.NEAREST))
         return self._place(resized, top, left)
@@ -66,28 +85,41 @@ class Grid:
         """Bring probabilities back bilinearly; thresholding comes after.
 
         Args:
-            probabilities: float32, (..., size, size).
+            probabilities: float32, (..., K, size, size) with the background first where there is a crop,
+                any (..., size, size) else.
 
         Returns:
-            float32, (..., height, width).
+            float32, (..., height, width); outside the crop all is background.
         """
         top, left, height, width = self.content
         inside = probabilities[..., top : top + height, left : left + width]
-        if (height, width) == (self.height, self.width):
-            return np.ascontiguousarray(inside, dtype=np.float32)
-        planes = inside.reshape(-1, height, width).astype(np.float32)
-        bilinear = Image.Resampling.BILINEAR
-        resized = [Image.fromarray(plane).resize((self.width, self.height), bilinear) for plane in planes]
-        return np.stack([np.asarray(plane) for plane in resized]).reshape(
-            *probabilities.shape[:-2], self.height, self.width
-        )
+        rows, columns = self.seen[2:]
+        if (height, width) == (rows, columns):
+            seen = np.ascontiguousarray(inside, dtype=np.float32)
+        else:
+            planes = inside.reshape(-1, height, width).astype(np.float32)
+            bilinear = Image.Resampling.BILINEAR
+            resized = [Image.fromarray(plane).resize((columns, rows), bilinear) for plane in planes]
+            seen = np.stack([np.asarray(plane) for plane in resized])
+            seen = seen.reshape(*probabilities.shape[:-2], rows, columns)
+        if self.crop is None:
+            return seen
+        top, left = self.crop[:2]
+        whole = np.zeros((*seen.shape[:-2], self.height, self.width), np.float32)
+        whole[..., 0, :, :] = 1
+        whole[..., top : top + rows, left : left + columns] = seen
+        return whole
 
-    def _check(self, array: np.ndarray, name: str) -> None:
+    def _cropped(self, array: np.ndarray, name: str) -> np.ndarray:
         if array.shape[:2] != (self.height, self.width):
             raise ValueError(
                 f"{name} is {array.shape[1]}x{array.shape[0]} pixels, the grid is for "
                 f"{self.width}x{self.height}"
             )
+        if self.crop is None:
+            return array
+        top, left, height, width = self.crop
+        return np.ascontiguousarray(array[top : top + height, left : left + width])
 
     def _place(self, resized: np.ndarray, top: int, left: int) -> np.ndarray:
         if self.resize == "squeeze":

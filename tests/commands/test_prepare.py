@@ -1,6 +1,8 @@
+import csv
 import json
 import zipfile
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -264,3 +266,114 @@ def test_senseless_label_values_are_refused(text):
 
 def test_fractions_are_three_numbers():
     assert parse_fractions("0.7, .2,0.1") == [0.7, 0.2, 0.1]
+
+
+# Volumes and the public data sets that need a registration
+
+
+def save_volume(path, voxels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-2.0, -2.0, 5.0, 1.0])), path)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Three scans in BTCV's layout, and a split file that puts one into each split."""
+    for number in (1, 5, 21):
+        labels = np.zeros((32, 32, 3), np.uint8)
+        labels[8:20, 8:24, 1:] = 6
+        voxels = np.random.default_rng(number).integers(-200, 0, labels.shape) + labels * np.int64(40)
+        save_volume(tmp_path / f"RawData/Training/img/img{number:04d}.nii.gz", voxels.astype(np.int16))
+        save_volume(tmp_path / f"RawData/Training/label/label{number:04d}.nii.gz", labels)
+    (tmp_path / "split.yaml").write_text("train: [0005]\nvalidation: [0021]\ntest: [0001]\n")
+    return tmp_path
+
+
+def prepare_btcv(sdseg, scans, *options):
+    given = ["--source", scans, "--split", scans / "split.yaml", "--out", scans / "out", "--size", 32]
+    return sdseg("prepare", "btcv", *given, *options)
+
+
+def test_prepare_btcv_then_train_then_evaluate_scores_whole_volumes(sdseg, scans, monkeypatch):
+    code, out, messages = prepare_btcv(sdseg, scans, "--organs", "binary")
+    assert code == 0, messages
+    assert "slices" in out
+    manifest = PreparedDataset.open(scans / "out").manifest
+    assert manifest.splits == {"train": 3, "validation": 3, "test": 3}
+    assert (manifest.preparation["window"], manifest.preparation["organs"]) == ([-175, 250], "binary")
+    monkeypatch.chdir(scans)
+    tiny = {
+        "data.dataset": "out", "data.image_size": 32, "data.workers": 0, "model.unet_channels": "[32, 32]",
+        "model.unet_heads": 2, "model.unet_attention_strides": "[]", "train.steps": 2, "train.batch_size": 2,
+        "train.warmup_steps": 0, "train.validate_every": 2, "train.checkpoint_every": 2,
+        "train.trackers": "[]",
+    }  # fmt: skip
+    changes = [item for key, value in tiny.items() for item in ("--set", f"{key}={value}")]
+    code, _, messages = sdseg("train", "--recipe", "demo", *changes, "--out", "run", "--device", "cpu")
+    assert code == 0, messages
+    written = json.loads(next((scans / "run").rglob("model_index.json")).read_text())["training_data"]
+    assert (written["window"], written["axis"]) == ([-175, 250], "axial")
+    code, _, messages = sdseg(
+        "evaluate", "--run", "run", "--split", "test", "--device", "cpu", "--out", "scores"
+    )
+    assert code == 0, messages
+    with next((scans / "scores").rglob("cases.csv")).open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["case"], row["slices"], row["class"]) == ("0001", "3", "organs")
+
+
+@pytest.mark.parametrize("command", ["refuge", "btcv", "sts3d"])
+def test_a_data_set_that_needs_a_registration_says_where(sdseg, command):
+    code, _, messages = sdseg("prepare", command)
+    assert code == 2
+    assert "--source is missing" in messages
+    assert "registration" in messages
+
+
+def test_prepare_nnunet_reads_the_folder_as_it_is(sdseg, tmp_path):
+    raw = tmp_path / "Dataset001_Mine"
+    for number in range(3):
+        labels = np.zeros((16, 16, 2), np.uint8)
+        labels[4:8, 4:8] = 1
+        save_volume(raw / f"imagesTr/c{number}_0000.nii.gz", labels.astype(np.int16) * 100 + number)
+        save_volume(raw / f"labelsTr/c{number}.nii.gz", labels)
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "liver": 1},
+        "file_ending": ".nii.gz",
+    }
+    (raw / "dataset.json").write_text(json.dumps(content))
+    options = ["--fractions", "0.34,0.33,0.33", "--axis", "coronal", "--size", 32, "--out", tmp_path / "out"]
+    code, _, messages = sdseg("prepare", "nnunet", raw, *options)
+    assert code == 0, messages
+    manifest = PreparedDataset.open(tmp_path / "out").manifest
+    assert manifest.splits == {"train": 16, "validation": 16, "test": 16}
+    assert (manifest.classes, manifest.preparation["axis"]) == (("background", "liver"), "coronal")
+
+
+def test_prepare_folder_takes_volumes_with_a_window(sdseg, scans):
+    home = scans / "RawData" / "Training"
+    for path in (home / "label").iterdir():
+        path.rename(path.with_name(path.name.replace("label", "img")))
+    options = ["--images", home / "img", "--masks", home / "label", "--label-values", "0=0,6=1"]
+    options += ["--size", 32, "--fractions", "0.34,0.33,0.33", "--out", scans / "out"]
+    code, _, messages = sdseg("prepare", "folder", *options, "--window", "-175,250")
+    assert code == 0, messages
+    dataset = PreparedDataset.open(scans / "out")
+    assert dataset.manifest.preparation["window"] == [-175, 250]
+    assert dataset.split("test")[0].spacing_mm == (5.0, 2.0, 2.0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("window", ["250,-175", "soft", "1", "1,nan"])
+def test_a_window_that_is_none_is_refused(sdseg, scans, window):
+    code, _, messages = prepare_btcv(sdseg, scans, "--window", window)
+    assert code == 2
+    assert "expected two numbers by comma" in messages
+
+
+@pytest.mark.faults
+def test_options_of_volumes_are_refused_where_there_are_none(sdseg, raw):
+    code, _, messages = sdseg("prepare", "folder", *folder_options(raw), "--window", "0,1")
+    assert code == 2
+    assert "--window: for volumes only" in messages

@@ -156,6 +156,34 @@ def test_the_paper_splits_are_what_their_headers_say(name, counts):
     assert split.validation == tuple(sorted(validation, key=natural_key))
 
 
+TEST_IDS = {
+    "refuge": [f"T{number:04d}" for number in range(1, 401)],
+    "btcv": [f"{number:04d}" for number in (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)],
+    "sts3d": ["0010", "0011", "0012"],
+}
+OTHER_IDS = {
+    "refuge": [
+        *(f"g{number:04d}" for number in range(1, 41)),
+        *(f"n{number:04d}" for number in range(1, 361)),
+        *(f"V{number:04d}" for number in range(1, 401)),
+    ],
+    "btcv": [
+        f"{number:04d}"
+        for number in (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
+    ],
+    "sts3d": [f"{number:04d}" for number in range(1, 10)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "validation"), [("refuge", 80), ("btcv", 3), ("sts3d", 1)])
+def test_published_test_cases_stay_whole_and_validation_comes_out_of_the_rest(name, validation):
+    split = read_split(SPLITS / f"{name}.yaml")
+    assert split.test == tuple(TEST_IDS[name])
+    order = sorted(OTHER_IDS[name], key=lambda case_id: derive_seed("split", 0, case_id))
+    assert split.train == tuple(sorted(order[:-validation], key=natural_key))
+    assert split.validation == tuple(sorted(order[-validation:], key=natural_key))
+
+
 def test_the_sequence_split_of_cvc_keeps_whole_sequences():
     split = read_split(SPLITS / "cvc-sequence.yaml")
     groups = {str(frame): cvc_sequence(str(frame)) for frame in range(1, 613)}

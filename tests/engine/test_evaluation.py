@@ -96,9 +96,66 @@ def test_the_slices_of_a_case_are_scored_together():
     assert volume.slices == 2
     assert volume.dice == pytest.approx(8 / 12)  # not the mean of 1 and 0
     assert math.isnan(volume.classes[0].hd95)  # the distance between slices is not known
+    assert math.isnan(volume.classes[0].assd)
     assert other.dice == 1
     assert volume.picture is not None
     assert not volume.picture.prediction.any()  # the worse of its slices is the one to look at
+
+
+def stacked(planes, spacing=(5.0, 2.0, 2.0)):
+    return [slice_of("v", plane, index, spacing=spacing) for index, plane in enumerate(planes)]
+
+
+def test_a_volume_is_scored_as_a_volume_with_the_distance_between_its_slices():
+    # Truth: one voxel in slices 0 and 1. Prediction: that voxel in slice 1 and in slice 2.
+    dot = np.zeros((4, 4), np.uint8)
+    dot[1, 1] = 1
+    answers = {("v", 0): EMPTY, ("v", 1): dot, ("v", 2): dot}
+    (record,) = evaluated(stacked([dot, dot, EMPTY]), answers)
+    entry = record.classes[0]
+    assert (record.slices, record.unit) == (3, "mm")
+    assert record.dice == pytest.approx(2 * 1 / (2 + 2))  # the mean over slices would be 1/3
+    assert entry.assd == pytest.approx((0 + 5 + 0 + 5) / 4)  # slices are 5 mm apart
+    assert entry.hd95 == pytest.approx(4.75)  # 95 % of the way from 0 to 5
+
+
+def test_slices_that_were_left_out_keep_their_place_in_the_volume():
+    dot = np.zeros((4, 4), np.uint8)
+    dot[1, 1] = 1
+    slices = [slice_of("v", truth, index, spacing=(5.0, 2.0, 2.0)) for truth, index in ((dot, 3), (EMPTY, 7))]
+    (record,) = evaluated(slices, {("v", 3): EMPTY, ("v", 7): dot})
+    assert record.classes[0].assd == pytest.approx(20.0)
+
+
+def test_on_the_models_grid_the_spacing_of_a_volume_grows_with_the_pixels():
+    # 8 x 8 pixels of 2 mm on a grid of 4 x 4: 4 mm a pixel, and the slices stay 5 mm apart.
+    truth, answer = np.zeros((8, 8), np.uint8), np.zeros((4, 4), np.uint8)
+    truth[2:4, 2:4] = 1
+    answer[1, 2] = 1
+    slices = [slice_of("v", truth, index, spacing=(5.0, 2.0, 2.0)) for index in range(2)]
+    (record,) = evaluated(slices, {("v", 0): answer, ("v", 1): answer}, grid="model")
+    assert record.classes[0].assd == pytest.approx(4.0)
+
+
+def test_a_crop_on_the_models_grid_has_the_spacing_of_the_crop():
+    truth, answer = np.zeros((16, 16), np.uint8), np.zeros((4, 4), np.uint8)
+    truth[6:8, 6:8] = 1
+    answer[1, 2] = 1
+    image = np.zeros((4, 4, 3), np.uint8)
+    grid = Grid(16, 16, 4, crop=(4, 4, 8, 8))
+    part = PreparedSlice("a", 0, "a", image, truth, grid, (2.0, 2.0))
+    (record,) = evaluated([part], {("a", 0): answer}, grid="model")
+    assert record.classes[0].assd == pytest.approx(4.0)
+
+
+def test_a_volume_gives_every_organ_its_own_figures_and_misses_are_infinitely_far():
+    truth = drawn("11..", "11..", "..22", "..22")
+    liver_only = np.where(truth == 1, truth, 0).astype(np.uint8)
+    answers = {("v", index): liver_only for index in range(2)}
+    (record,) = evaluated(stacked([truth, truth]), answers, ORGANS)
+    liver, kidney = record.classes
+    assert (liver.class_name, liver.dice, liver.hd95) == ("liver", 1.0, 0.0)
+    assert (kidney.class_name, kidney.outcome, kidney.hd95) == ("kidney", "missed", math.inf)
 
 
 def test_distances_are_in_millimetres_where_the_spacing_is_known():

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from sdseg_cli.core.data.images import list_images, natural_key
 from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError, UsageError
 
 
@@ -35,10 +36,10 @@ def pair_folders(
     mask_suffix: str = "",
     group_of: Callable[[str], str] | None = None,
 ) -> Pairs:
-    """Pair the images of one folder with the masks of another, subfolders included.
+    """Pair the images (or volumes) of one folder with the masks of another, subfolders included.
 
-    ``a.jpg`` belongs to ``a.png``; where several files share a stem, the whole name decides. Accents are
-    compared by what they mean, not by how the file system spells them.
+    ``a.jpg`` belongs to ``a.png``, ``b.nii.gz`` to ``b.nrrd``; where several files share a stem, the whole
+    name decides. Accents are compared by what they mean, not by how the file system spells them.
 
     Args:
         images: folder of images.
@@ -50,11 +51,12 @@ def pair_folders(
     Raises:
         DataError: a folder is missing or holds no image.
     """
-    image_files, mask_files = list_images(images, recursive=True), list_images(masks, recursive=True)
+    image_files, mask_files = _list_files(images), _list_files(masks)
     for folder, files, what in ((images, image_files, "images"), (masks, mask_files, "masks")):
         if not files:
             raise DataError(
-                f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files. Check the path."
+                f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files, or volumes (NIfTI, "
+                "NRRD, MetaImage). Check the path."
             )
     image_stems = _by_stem(image_files, images, "")
     mask_stems = _by_stem(mask_files, masks, mask_suffix)
@@ -121,7 +123,7 @@ def group_by_pattern(pattern: str) -> Callable[[str], str]:
 def _by_stem(files: Sequence[Path], folder: Path, suffix: str) -> dict[str, list[Path]]:
     stems: dict[str, list[Path]] = {}
     for file in files:
-        stem = _normal(PurePosixPath(_name(file, folder)).with_suffix("").as_posix())
+        stem = _normal(_without_suffix(_name(file, folder)))
         if suffix and not stem.endswith(suffix):
             continue
         stems.setdefault(stem.removesuffix(suffix), []).append(file)
@@ -164,11 +166,30 @@ def _nothing_fits(
         f"no image in {images} has a mask in {masks}: names must be equal up to the extension "
         f"(first image {image_stem!r}, first mask {mask_files[0].name!r})."
     )
-    stems = [_normal(file.stem) for file in mask_files]
+    stems = [_normal(_without_suffix(file.name)) for file in mask_files]
     endings = {stem[len(image_stem) :] for stem in stems if stem.startswith(image_stem)}
     if len(endings) == 1:
         message += f" Did you mean --mask-suffix {endings.pop()}?"
     return message
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """The images and volumes of a folder and its subfolders, in natural order."""
+    volumes = [
+        file
+        for file in folder.rglob("*")
+        if volume_suffix(file) is not None
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    files = [*list_images(folder, recursive=True), *volumes]
+    return sorted(files, key=lambda file: natural_key(_name(file, folder)))
+
+
+def _without_suffix(name: str) -> str:
+    """A name without its suffix; ``.nii.gz`` is one."""
+    suffix = volume_suffix(Path(name))
+    return name[: -len(suffix)] if suffix else PurePosixPath(name).with_suffix("").as_posix()
 
 
 def _name(file: Path, folder: Path) -> str:

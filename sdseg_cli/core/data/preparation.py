@@ -26,10 +26,12 @@ import numpy as np
 from sdseg_cli import __version__
 from sdseg_cli.core.data.images import encode_png, read_image, read_label_map, read_orientation
 from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest, decode_png
+from sdseg_cli.core.data.slicing import Axis
 from sdseg_cli.core.data.splits import Split, split_to_yaml
+from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import refuse_existing, sha256_of, whole_folder
-from sdseg_cli.core.grid import Grid, Resize
+from sdseg_cli.core.grid import Box, Grid, Resize
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,13 +40,31 @@ SPLIT_FILE = "split.yaml"
 SHEET_FILE = "contact_sheet.png"
 _SHEET_ITEMS = 24
 _SHOWN_PROBLEMS = 100
+_AHEAD = 32  # cases; a prepared volume takes some 30 MB
 
 SheetItem = tuple[str, np.ndarray, np.ndarray]  # title, image, label map; both on the model grid
 
 
 @dataclass(frozen=True)
+class RawSlice:
+    """One slice as it was read.
+
+    Attributes:
+        image: uint8, (H, W, 3).
+        label_map: uint8, (H, W), class indices.
+        spacing_mm: mm between (slices, rows, columns) of a volume; None where unknown.
+        crop: the part that the model sees; None is all of it.
+    """
+
+    image: np.ndarray
+    label_map: np.ndarray
+    spacing_mm: tuple[float, float, float] | None = None
+    crop: Box | None = None
+
+
+@dataclass(frozen=True)
 class RawCase:
-    """A case before preparation: two files, or a callable that makes the two arrays.
+    """A case before preparation: two files (images or volumes), or a callable that makes the two arrays.
 
     Attributes:
         case_id: unique in the dataset.
@@ -53,6 +73,8 @@ class RawCase:
         label_path: of its label map.
         arrays: instead of files: returns image uint8 (H, W, 3) and label map uint8 (H, W). Must be
             picklable (a module-level function or a partial of one), since other processes call it.
+        reader: reads the two files where they are not simply an image and its label map. Picklable too.
+        channel_paths: with a volume: files of its second and third channel.
         image_name: name of the image in ``dataset.json``, independent of where it was unpacked.
         label_name: likewise of the label map.
     """
@@ -62,8 +84,15 @@ class RawCase:
     image_path: Path | None = None
     label_path: Path | None = None
     arrays: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    reader: Callable[[Path, Path], tuple[RawSlice, tuple[str, ...]]] | None = None
+    channel_paths: tuple[Path, ...] = ()
     image_name: str = ""
     label_name: str = ""
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the image is a volume by its name."""
+        return self.image_path is not None and volume_suffix(self.image_path) is not None
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,12 @@ class Geometry:
         num_classes: background included.
         threshold: stored mask values above it are foreground; see ``read_label_map``.
         label_values: stored value -> class; see ``read_label_map``.
+        window: of volumes: (low, high), the values that become black and white; None takes each volume's own
+            0.5 and 99.5 percentiles.
+        axis: along which volumes are sliced.
+        smallest_component: of volumes: connected parts of the foreground with fewer voxels are removed.
+        foreground_slices_only: of volumes: training slices without foreground are left out.
+        holds_volumes: whether the four above are of use, and recorded.
     """
 
     image_size: int = 256
@@ -91,6 +126,23 @@ class Geometry:
     num_classes: int = 2
     threshold: int | None = None
     label_values: Mapping[int, int] | None = None
+    window: tuple[float, float] | None = None
+    axis: Axis = "axial"
+    smallest_component: int = 0
+    foreground_slices_only: bool = False
+    holds_volumes: bool = False
+
+    @property
+    def of_volumes(self) -> dict[str, Any]:
+        """What ``dataset.json`` records where the cases are volumes."""
+        if not self.holds_volumes:
+            return {}
+        return {
+            "window": self.window,
+            "axis": self.axis,
+            "smallest_component": self.smallest_component,
+            "foreground_slices_only": self.foreground_slices_only,
+        }
 
 
 @dataclass(frozen=True)
@@ -101,8 +153,9 @@ class CaseRecord:
         case_id: of the case.
         split: it belongs to.
         problem: why it cannot be used; empty if it was prepared.
-        height: of the case's own grid, in pixels; 0 with a problem.
+        height: of a slice on the case's own grid, in pixels; 0 with a problem.
         width: likewise.
+        slices: how many were prepared.
         class_pixels: pixels of every class on the case's own grid.
         notes: what was changed while reading.
     """
@@ -112,6 +165,7 @@ class CaseRecord:
     problem: str
     height: int
     width: int
+    slices: int
     class_pixels: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -179,20 +233,22 @@ def prepare(
     gathered = _Gathered(geometry.num_classes, [*problems])
     with whole_folder(out, overwrite=overwrite, ours=MANIFEST_FILE) as work:
         with _Tables(work / "raw") as tables, _executor(workers, len(ordered)) as executor:
-            jobs = (partial(_convert, case, geometry) for _, case in ordered)
+            jobs = (partial(_convert, case, geometry, name) for name, case in ordered)
             for (name, _), result in zip(ordered, _in_order(executor, jobs), strict=True):
                 if isinstance(result, Problem):
                     gathered.problems.append(result)
-                    yield CaseRecord(result.case_id, name, result.reason, 0, 0, (), ())
+                    yield CaseRecord(result.case_id, name, result.reason, 0, 0, 0, (), ())
                     continue
-                tables.add(name, result.row)
+                for row in result.rows:
+                    tables.add(name, row)
                 gathered.add(name, result)
                 # The chosen cases may all be bad ones; a sheet shows one case at least.
-                is_shown = result.row["case_id"] in sheet_ids or not gathered.sheet
+                is_shown = result.case_id in sheet_ids or not gathered.sheet
                 if is_shown and draw_sheet is not None:
                     gathered.sheet.append(_sheet_item(name, result, geometry))
+                totals = tuple(map(int, result.class_pixels.sum(axis=0)))
                 yield CaseRecord(
-                    result.row["case_id"], name, "", *result.shape, result.class_pixels, result.notes
+                    result.case_id, name, "", *result.shape, len(result.rows), totals, result.notes
                 )
         excluded = gathered.problems
         if excluded and not exclude_bad:
@@ -215,51 +271,93 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Converted:
-    row: dict[str, Any]
+    case_id: str
+    group: str
+    rows: tuple[dict[str, Any], ...]  # of the dataset, one a slice
     shape: tuple[int, int]
-    class_pixels: tuple[int, ...]
+    class_pixels: np.ndarray  # int64, (slices, K)
     notes: tuple[str, ...]
-    digest: str
+    digests: tuple[str, ...]  # one a slice
     sources: dict[str, str]
 
 
-def _convert(case: RawCase, geometry: Geometry) -> _Converted | Problem:
+def _convert(case: RawCase, geometry: Geometry, split: str) -> _Converted | Problem:
+    rows, pixels, digests = [], [], []
     try:
-        image, label_map, notes = _read_pair(case, geometry)
+        slices, notes = _read_case(case, geometry)
+        for index, current in enumerate(slices):
+            counts = np.bincount(current.label_map.ravel(), minlength=geometry.num_classes)
+            if geometry.foreground_slices_only and split == "train" and not counts[1:].any():
+                continue
+            row, digest = _row(case, index, current, geometry)
+            rows.append(row)
+            pixels.append(counts)
+            digests.append(digest)
         sources = _source_hashes(case)
     except SdsegError as error:
         return Problem(case.case_id, str(error))
     except OSError as error:
         return Problem(case.case_id, f"cannot be read: {error}")
-    height, width = label_map.shape
-    grid = Grid(height, width, geometry.image_size, geometry.resize)
-    on_model_grid = grid.image_to_model(image)
+    if not rows:
+        return Problem(case.case_id, "not one slice holds any foreground, and only such are asked for.")
+    shape = (rows[0]["height"], rows[0]["width"])
+    counted = np.array(pixels, np.int64)
+    return _Converted(case.case_id, case.group, tuple(rows), shape, counted, notes, tuple(digests), sources)
+
+
+def _row(case: RawCase, index: int, current: RawSlice, geometry: Geometry) -> tuple[dict[str, Any], str]:
+    """A slice as a row of the dataset, and the hash of what it means."""
+    height, width = current.label_map.shape
+    grid = Grid(height, width, geometry.image_size, geometry.resize, current.crop)
+    on_model_grid = grid.image_to_model(current.image)
     row = {
         "case_id": case.case_id,
-        "slice_index": 0,
+        "slice_index": index,
         "group": case.group,
         "image": {"bytes": encode_png(on_model_grid), "path": None},
-        "label_map": {"bytes": encode_png(label_map), "path": None},
+        "label_map": {"bytes": encode_png(current.label_map), "path": None},
         "height": height,
         "width": width,
-        "spacing_mm": None,
+        "spacing_mm": current.spacing_mm,
+        "crop": current.crop,
     }
     # Pixels are hashed, not PNG bytes: another encoder version must not change the fingerprint.
-    digest = hashlib.sha256(on_model_grid.tobytes() + label_map.tobytes()).hexdigest()
-    counts = np.bincount(label_map.ravel(), minlength=geometry.num_classes)
-    return _Converted(row, (height, width), tuple(map(int, counts)), notes, digest, sources)
+    meaning = on_model_grid.tobytes() + current.label_map.tobytes()
+    if current.spacing_mm is not None or current.crop is not None:
+        meaning += repr((index, current.spacing_mm, current.crop)).encode()
+    return row, hashlib.sha256(meaning).hexdigest()
 
 
-def _read_pair(case: RawCase, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _read_case(case: RawCase, geometry: Geometry) -> tuple[Iterable[RawSlice], tuple[str, ...]]:
+    """Read a case; the slices of a volume come one by one."""
     if case.arrays is not None:
         image, label_map = case.arrays()
         _check_arrays(image, label_map, geometry.num_classes)
-        return image, label_map, ()
+        return [RawSlice(image, label_map)], ()
     if case.image_path is None or case.label_path is None:
         raise ValueError(f"case {case.case_id} has neither files nor arrays")
-    loaded = read_image(case.image_path)
+    if case.reader is not None:
+        single, notes = case.reader(case.image_path, case.label_path)
+        return [single], notes
+    is_volume = [volume_suffix(path) is not None for path in (case.image_path, case.label_path)]
+    if any(is_volume):
+        if not all(is_volume):
+            raise DataError(
+                f"{case.image_path.name} and {case.label_path.name}: a volume and a picture cannot be a pair."
+            )
+        from sdseg_cli.core.data.volume_pairs import read_volume_pair
+
+        return read_volume_pair((case.image_path, *case.channel_paths), case.label_path, geometry)
+    image, label_map, notes = _read_pair(case.image_path, case.label_path, geometry)
+    return [RawSlice(image, label_map)], notes
+
+
+def _read_pair(
+    image_path: Path, label_path: Path, geometry: Geometry
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    loaded = read_image(image_path)
     label_map = read_label_map(
-        case.label_path,
+        label_path,
         num_classes=geometry.num_classes,
         label_values=geometry.label_values,
         threshold=geometry.threshold,
@@ -273,11 +371,11 @@ def _read_pair(case: RawCase, geometry: Geometry) -> tuple[np.ndarray, np.ndarra
                 "the stored grid. Give the mask the same tag, or save the image upright."
             )
         raise DataError(
-            f"mask {case.label_path.name} is {label_map.shape[1]}x{label_map.shape[0]} pixels, image "
-            f"{case.image_path.name} is {width}x{height}; both must be the same.{hint}"
+            f"mask {label_path.name} is {label_map.shape[1]}x{label_map.shape[0]} pixels, image "
+            f"{image_path.name} is {width}x{height}; both must be the same.{hint}"
         )
     notes = loaded.notes
-    if loaded.orientation != 1 and read_orientation(case.label_path) != loaded.orientation:
+    if loaded.orientation != 1 and read_orientation(label_path) != loaded.orientation:
         # Drawn on the upright image, most likely; where it was not, only the contact sheet can tell.
         notes += ("turned by its EXIF orientation, its mask is not: taken as drawn on the turned image",)
     return loaded.pixels, label_map, notes
@@ -299,6 +397,7 @@ def _source_hashes(case: RawCase) -> dict[str, str]:
         return {}
     return {
         case.image_name or case.image_path.name: sha256_of(case.image_path),
+        **{path.name: sha256_of(path) for path in case.channel_paths},
         case.label_name or case.label_path.name: sha256_of(case.label_path),
     }
 
@@ -340,7 +439,7 @@ def _in_order(
     try:
         for job in jobs:
             ahead.append(executor.submit(job))
-            if len(ahead) >= 64:
+            if len(ahead) >= _AHEAD:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -367,11 +466,11 @@ class _Gathered:
         self._total = 0
 
     def add(self, split: str, case: _Converted) -> None:
-        self.prepared[split].append((case.row["case_id"], case.row["group"], case.digest))
+        self.prepared[split] += [(case.case_id, case.group, digest) for digest in case.digests]
         self._sources.update(case.sources)
         self._notes.update(_kind_of(note) for note in case.notes)
-        self._pixels[split] += case.class_pixels
-        self._present[split] += np.array(case.class_pixels) > 0
+        self._pixels[split] += case.class_pixels.sum(axis=0)
+        self._present[split] += (case.class_pixels > 0).sum(axis=0)
         self._total += 1
 
     def refuse_without_foreground(self, classes: Sequence[str]) -> None:
@@ -398,6 +497,7 @@ class _Gathered:
             "threshold": geometry.threshold,
             "label_values": None if values is None else {str(key): label for key, label in values.items()},
             "image_interpolation": "bicubic",
+            **geometry.of_volumes,
             **description.details,
             "excluded": {problem.case_id: problem.reason for problem in self.problems},
             "notes": dict(sorted(self._notes.items())),
@@ -451,9 +551,11 @@ def _evenly(split: Split) -> frozenset[str]:
 
 
 def _sheet_item(split: str, case: _Converted, geometry: Geometry) -> SheetItem:
-    image, label_map = decode_png(case.row["image"]["bytes"]), decode_png(case.row["label_map"]["bytes"])
-    grid = Grid(*case.shape, geometry.image_size, geometry.resize)
-    return f"{split}: {case.row['case_id']}", image, grid.labels_to_model(label_map)
+    """The slice of the case that shows most of the foreground."""
+    row = case.rows[int(case.class_pixels[:, 1:].sum(axis=1).argmax())]
+    image, label_map = decode_png(row["image"]["bytes"]), decode_png(row["label_map"]["bytes"])
+    grid = Grid(*case.shape, geometry.image_size, geometry.resize, row["crop"])
+    return f"{split}: {case.case_id}", image, grid.labels_to_model(label_map)
 
 
 def _problem_listing(problems: Sequence[Problem], total: int) -> str:
@@ -487,6 +589,7 @@ class _Tables:
                 "height": datasets.Value("int32"),
                 "width": datasets.Value("int32"),
                 "spacing_mm": datasets.Sequence(datasets.Value("float64")),
+                "crop": datasets.Sequence(datasets.Value("int32")),
             }
         )
         self._writers: dict[str, pyarrow.RecordBatchStreamWriter] = {}

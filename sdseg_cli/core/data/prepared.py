@@ -95,7 +95,8 @@ class PreparedSlice:
         image: uint8, (S, S, 3), range [0, 255], on the model grid.
         label_map: uint8, (H, W), class indices on the case's own grid.
         grid: from one grid to the other.
-        spacing_mm: (row, column) mm per pixel of the case's own grid, None if unknown.
+        spacing_mm: mm between the (rows, columns) of an image, or the (slices, rows, columns) of a volume;
+            None if unknown.
     """
 
     case_id: str
@@ -104,7 +105,7 @@ class PreparedSlice:
     image: np.ndarray
     label_map: np.ndarray
     grid: Grid
-    spacing_mm: tuple[float, float] | None
+    spacing_mm: tuple[float, ...] | None
 
 
 class SplitView(Sequence[PreparedSlice]):
@@ -139,15 +140,17 @@ class SplitView(Sequence[PreparedSlice]):
                 f"{self.root}: slice {row['case_id']} of split {self.name} is damaged ({error}). "
                 "Prepare the dataset again."
             ) from error
-        spacing = row["spacing_mm"]
+        spacing, crop = row["spacing_mm"], row.get("crop")
         return PreparedSlice(
             case_id=row["case_id"],
             slice_index=row["slice_index"],
             group=row["group"],
             image=image,
             label_map=label_map,
-            grid=Grid(row["height"], row["width"], self._image_size, self._resize),
-            spacing_mm=None if spacing is None else (spacing[0], spacing[1]),
+            grid=Grid(
+                row["height"], row["width"], self._image_size, self._resize, tuple(crop) if crop else None
+            ),
+            spacing_mm=None if spacing is None else tuple(spacing),
         )
 
     @property
@@ -224,9 +227,11 @@ def _read_manifest(root: Path) -> DatasetManifest:
 
 
 def _remedy(root: Path) -> str:
-    known = {"kseg", "cvc", "phantom"}
+    known = {"kseg", "cvc", "refuge", "btcv", "sts3d", "phantom"}
     benchmark = next((name for name in known if root.name == name), None)
-    command = f"prepare {benchmark}" if benchmark else "prepare kseg|cvc|folder|phantom"
+    command = (
+        f"prepare {benchmark}" if benchmark else "prepare kseg|cvc|refuge|btcv|sts3d|nnunet|folder|phantom"
+    )
     if (root / MANIFEST_FILE).is_file():
         return f"Make it with: sdseg {command} --out {root} --overwrite"
     if root.exists():  # somebody's files, which prepare would not replace

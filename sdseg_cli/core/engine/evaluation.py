@@ -188,8 +188,10 @@ def evaluate_split(
     inputs = _inputs((split[position] for case_id in mine for position in positions[case_id]), pending)
     for prediction in predictor(inputs):
         current = pending.popleft()
-        parts.append(_score_slice(prediction.label_map, current, len(classes), grid))
+        is_stack = len(positions[current.case_id]) > 1
+        parts.append(_score_slice(prediction.label_map, current, len(classes), grid, is_stack=is_stack))
         if len(parts) == len(positions[current.case_id]):
+            parts = _with_volume_distances(parts, len(classes))
             yield _score_case(current.case_id, current.group, parts, classes, convention)
             parts = []
 
@@ -204,15 +206,26 @@ def _inputs(slices: Iterable[PreparedSlice], pending: deque[PreparedSlice]) -> I
 
 
 @dataclass(frozen=True)
+class _Plane:
+    """A slice of a stack, as its distances need it: both label maps, its place, (slice, row, column) mm."""
+
+    label_map: np.ndarray
+    truth: np.ndarray
+    slice_index: int
+    spacing_mm: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
 class _SliceScores:
     counts: tuple[Counts, ...]
     surfaces: tuple[SurfaceScores, ...]
     has_spacing: bool
     picture: CasePicture
+    plane: _Plane | None = None  # of a stack, until its distances are measured
 
 
 def _score_slice(
-    label_map: np.ndarray, current: PreparedSlice, num_classes: int, grid: GridName
+    label_map: np.ndarray, current: PreparedSlice, num_classes: int, grid: GridName, *, is_stack: bool
 ) -> _SliceScores:
     truth, spacing = current.label_map, current.spacing_mm
     if grid == "model":
@@ -224,23 +237,49 @@ def _score_slice(
         )
     shown = label_map if grid == "model" else current.grid.labels_to_model(label_map)
     picture = CasePicture(current.image, current.grid.labels_to_model(current.label_map), shown)
-    return _SliceScores(
-        count_classes(label_map, truth, num_classes),
-        _surfaces(label_map, truth, num_classes, spacing),
-        spacing is not None,
-        picture,
-    )
+    counts = count_classes(label_map, truth, num_classes)
+    if is_stack:  # its distances are those of the volume, measured when all its slices are there
+        plane = _Plane(label_map, truth, current.slice_index, spacing)
+        return _SliceScores(counts, (), spacing is not None, picture, plane)
+    surfaces = _surfaces(label_map, truth, num_classes, None if spacing is None else spacing[-2:])
+    return _SliceScores(counts, surfaces, spacing is not None, picture)
 
 
-def _model_spacing(spacing_mm: tuple[float, float] | None, grid: Grid) -> tuple[float, float] | None:
+def _model_spacing(spacing_mm: tuple[float, ...] | None, grid: Grid) -> tuple[float, ...] | None:
     if spacing_mm is None:
         return None
+    _, _, rows, columns = grid.seen
     _, _, height, width = grid.content
-    return spacing_mm[0] * grid.height / height, spacing_mm[1] * grid.width / width
+    *between, row, column = spacing_mm
+    return *between, row * rows / height, column * columns / width
+
+
+def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> list[_SliceScores]:
+    """Give the slices of a stack the distances of their volume; other cases have theirs already.
+
+    Slices that were left out of the data are empty on both sides: every slice lies at its own height.
+    """
+    planes = [part.plane for part in parts if part.plane is not None]
+    if not planes:
+        return list(parts)
+    spacing = planes[0].spacing_mm
+    if spacing is None or len(spacing) != 3 or len({plane.truth.shape for plane in planes}) > 1:
+        # The distance between slices is not known: no figure is better than a wrong one.
+        surfaces = (SurfaceScores(math.nan, math.nan),) * (num_classes - 1)
+        has_spacing = False
+    else:
+        first = min(plane.slice_index for plane in planes)
+        count = max(plane.slice_index for plane in planes) - first + 1
+        stacks = np.zeros((2, count, *planes[0].truth.shape), np.uint8)
+        for plane in planes:
+            stacks[:, plane.slice_index - first] = plane.label_map, plane.truth
+        surfaces = _surfaces(stacks[0], stacks[1], num_classes, spacing)
+        has_spacing = True
+    return [replace(part, surfaces=surfaces, has_spacing=has_spacing, plane=None) for part in parts]
 
 
 def _surfaces(
-    label_map: np.ndarray, truth: np.ndarray, num_classes: int, spacing: tuple[float, float] | None
+    label_map: np.ndarray, truth: np.ndarray, num_classes: int, spacing: tuple[float, ...] | None
 ) -> tuple[SurfaceScores, ...]:
     return tuple(surface_scores(label_map == k, truth == k, spacing) for k in range(1, num_classes))
 
@@ -251,19 +290,14 @@ def _score_case(
     scores = []
     for index, name in enumerate(classes[1:]):
         counts = sum_counts(part.counts[index] for part in parts)
-        scores.append(_class_scores(name, counts, [part.surfaces[index] for part in parts], convention))
+        scores.append(_class_scores(name, counts, parts[0].surfaces[index], convention))
     worst = max(parts, key=lambda part: sum(c.false_positive + c.false_negative for c in part.counts))
     unit = "mm" if all(part.has_spacing for part in parts) else "px"
     return CaseScores(case_id, group, len(parts), unit, tuple(scores), worst.picture)
 
 
-def _class_scores(
-    name: str, counts: Counts, surfaces: Sequence[SurfaceScores], convention: Convention
-) -> ClassScores:
-    # The distance of a stack of slices needs the distance between them, which is not recorded: no figure
-    # is better than a wrong one. A structure that is missed in the whole case is infinitely far all the same.
-    surface = surfaces[0] if len(surfaces) == 1 else SurfaceScores(math.nan, math.nan)
-    if len(surfaces) > 1 and (counts.is_missed or counts.is_false_alarm):
+def _class_scores(name: str, counts: Counts, surface: SurfaceScores, convention: Convention) -> ClassScores:
+    if counts.is_missed or counts.is_false_alarm:  # however far slices are apart
         surface = SurfaceScores(math.inf, math.inf)
     return ClassScores(
         name,

@@ -26,6 +26,9 @@ from sdseg_cli.core.model.weights import (
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.seeding import derive_seed
 
+READING: tuple[str, ...] = ("window", "axis", "crop")
+"""Parameters of the preparation that predictions on new images need."""
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -49,7 +52,12 @@ class Networks:
             resize=manifest.resize,
             latent_scale=latent_scale,
             noise=recipe.objective.noise,
-            training_data={"name": manifest.name, "fingerprint": manifest.fingerprint},
+            training_data={
+                "name": manifest.name,
+                "fingerprint": manifest.fingerprint,
+                # What a new image must be given before the model sees it; absent where it does not apply.
+                **{key: manifest.preparation[key] for key in READING if key in manifest.preparation},
+            },
             autoencoder_reference=self.autoencoder_reference,
         )
 
