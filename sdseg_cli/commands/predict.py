@@ -1,10 +1,12 @@
-"""``sdseg predict``: any folder of images -> masks that lie on them pixel by pixel."""
+"""``sdseg predict``: any folder of images and volumes -> masks that lie on them voxel by voxel."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,24 +47,52 @@ from sdseg_cli.core.run_directory import ModelReference, atomic_write, now, to_j
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor
     from sdseg_cli.core.engine.processes import Processes
+    from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 
 SETTINGS_FILE = "prediction.json"
 # What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
-MASK_SETTINGS = ("model", "model_of", "seed", "num_inference_steps", "num_samples", "threshold")
+MASK_SETTINGS = (
+    *("model", "model_of", "seed", "num_inference_steps", "num_samples", "threshold"),
+    *("window", "axis", "nan_fill"),
+)
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
+
+
+class VolumeAxis(StrEnum):
+    """Anatomical direction that a volume is cut along."""
+
+    axial = "axial"
+    coronal = "coronal"
+    sagittal = "sagittal"
+
+
+class VolumeFormat(StrEnum):
+    """Format of the masks of volumes."""
+
+    same = "same"
+    nifti = "nifti"
+    nrrd = "nrrd"
+    mha = "mha"
+    dicom_seg = "dicom-seg"
+
 
 EXAMPLES = """
 sdseg predict scans/ --out masks/                                  # with the newest finished run
 sdseg predict scans/ --out masks/ --model runs/kseg-fast --overlay
 sdseg predict a.png b.tif --out masks/ --samples 10 --probabilities
 sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where it stopped
+sdseg predict ct.nii.gz --out masks/ --window=-175,250             # a volume; the mask has its geometry
+sdseg predict dicom/ --out masks/ --recursive --format dicom-seg   # a DICOM-SEG for every series
 """
 
 
 def predict(
     scans: Annotated[
         list[Path],
-        typer.Argument(help="Folders of images, or single images: PNG, JPEG, TIFF, BMP.", show_default=False),
+        typer.Argument(
+            help="Folders or single files: PNG, JPEG, TIFF, BMP; NIfTI, NRRD, MetaImage; DICOM series.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.", show_default=False)
@@ -78,7 +108,8 @@ def predict(
         bool,
         typer.Option(
             "--probabilities",
-            help="Also write probabilities/: 16-bit PNG (65535 is 1), or .npz with several classes.",
+            help="Also write probabilities/: 16-bit PNG (65535 is 1), or .npz with several classes; float "
+            "NIfTI for volumes.",
         ),
     ] = False,
     samples: Annotated[
@@ -87,6 +118,32 @@ def predict(
             "--samples",
             min=1,
             help="Noise draws to average; from 2 on also writes uncertainty/. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    mask_format: Annotated[
+        VolumeFormat,
+        typer.Option("--format", help="Of the masks of volumes; 'same' gives NIfTI for DICOM."),
+    ] = VolumeFormat.same,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Values of a volume that become black and white. Default: the model's, else the volume's "
+            "0.5 to 99.5 percentile.",
+            show_default=False,
+        ),
+    ] = None,
+    axis: Annotated[
+        VolumeAxis | None,
+        typer.Option(help="Slices of volumes. Default: the model's, else axial.", show_default=False),
+    ] = None,
+    nan_fill: Annotated[
+        float | None,
+        typer.Option(
+            "--nan-fill",
+            metavar="VALUE",
+            help="Value for voxels that are NaN or infinite; without it such volumes fail.",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +159,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images: one mask a file, in its own size and orientation, and a summary.csv.
+    """Segment images and volumes: one mask each, in its own size and geometry, and a summary.csv.
 
     Files that cannot be read are listed and left out; the exit code is then 3.
     """
@@ -118,8 +175,13 @@ def predict(
         overlays=overlay,
         probabilities=probabilities,
         uncertainty=several,
+        mask_format=mask_format.value,  # type: ignore[arg-type]
+        on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
-    settings = {**_model_identity(found.reference), "seed": seed, **sampling}
+    limits = _window(window)
+    chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
+    stated = {name: value for name, value in chosen.items() if value is not None}
+    settings = {**_model_identity(found.reference), "seed": seed, **sampling, **stated}
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
     if not overwrite:
         _refuse_other_settings(out, settings)
@@ -140,6 +202,7 @@ def predict(
             device=device.value,
             precision=precision.value,
             overwrite=overwrite,
+            volumes=chosen,
         )
 
 
@@ -173,6 +236,7 @@ class _Session:
         device: str,
         precision: str,
         overwrite: bool,
+        volumes: dict[str, Any],
     ) -> None:
         """Predict this process's share; the main process reports for all."""
         with console.working("loading the model"):
@@ -188,7 +252,9 @@ class _Session:
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
-        stop = self._predict(processes.share(list(todo)), predictor)
+        from sdseg_cli.core.engine.volume_prediction import VolumeSettings
+
+        stop = self._predict(processes.share(list(todo)), predictor, VolumeSettings(**volumes))
         self._gather(processes, stop)
         if processes.is_main:
             self._finish(stop)
@@ -196,9 +262,11 @@ class _Session:
             raise stop
         self._leave()
 
-    def _predict(self, todo: Sequence[PredictionTask], predictor: Predictor) -> SdsegError | None:
+    def _predict(
+        self, todo: Sequence[PredictionTask], predictor: Predictor, volumes: VolumeSettings
+    ) -> SdsegError | None:
         """Keep the records of all that was written, also when something stops the rest."""
-        stream = predict_files(todo, predictor)
+        stream = predict_files(todo, predictor, volumes=volumes)
         try:
             for record in console.progress(stream, len(todo), "predicting", unit="images"):
                 self.records.append(record)
@@ -279,6 +347,21 @@ class _Session:
         atomic_write(self.out / SETTINGS_FILE, to_json(content, indent=2) + "\n")
 
 
+def _window(text: str | None) -> list[float] | None:
+    """``LOW,HIGH`` as two numbers; a list, as the settings file gives it back."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise UsageError(
+            f"--window {text!r}: expected two numbers LOW,HIGH, the lower first: --window=-175,250"
+        )
+    return [low, high]
+
+
 def _model_identity(reference: ModelReference) -> dict[str, Any]:
     """Where the model is, and when its run ended: a run that was trained anew is another model."""
     folder = Path(reference.location)
@@ -320,4 +403,7 @@ def _common_notes(records: Sequence[CasePrediction]) -> list[tuple[str, int]]:
 
 
 def _count(tasks: Sequence[PredictionTask]) -> str:
-    return f"{len(tasks)} image" + ("s" if len(tasks) != 1 else "")
+    volumes = sum(task.is_volume for task in tasks)
+    kinds = [(len(tasks) - volumes, "image"), (volumes, "volume")]
+    words = [f"{count} {kind}" + ("s" if count != 1 else "") for count, kind in kinds if count]
+    return " and ".join(words) or "0 images"
