@@ -94,6 +94,23 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="With --predictions: score a missing mask as empty.")
     ] = False,
+    nsd_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--nsd-tolerance",
+            min=0,
+            metavar="MM",
+            help="With --predictions: distance that the normalised surface Dice forgives, in mm for volumes, "
+            "in pixels for images. Default: 2.",
+            show_default=False,
+        ),
+    ] = None,
+    resample: Annotated[
+        bool,
+        typer.Option(
+            "--resample", help="With --predictions: bring a volume of another grid onto that of the truth."
+        ),
+    ] = False,
     convention: ConventionOption = None,
     grid: GridOption = None,
     out: OutOption = None,
@@ -112,7 +129,7 @@ def evaluate(
 ) -> None:
     """Score a model on a split, or one folder of masks against another.
 
-    Writes cases.csv (Dice, IoU, precision, recall, HD95, ASSD per case and class),
+    Writes cases.csv (Dice, IoU, precision, recall, HD95, ASSD, NSD per case and class),
     summary.json (mean, median, bootstrap 95 % interval) and overlays/ (the worst cases).
     Cases that cannot be scored are listed, and the exit code is then 3.
 
@@ -127,7 +144,8 @@ def evaluate(
     sdseg evaluate --predictions masks/ --ground-truth truth/ --classes liver,kidney --json
     """
     if predictions is None and ground_truth is None:
-        _refuse({"--classes": classes, "--allow-missing": allow_missing}, "--predictions and --ground-truth")
+        only_folders = {"--classes": classes, "--allow-missing": allow_missing, "--resample": resample}
+        _refuse({**only_folders, "--nsd-tolerance": nsd_tolerance}, "--predictions and --ground-truth")
         found = Model.find(model)
         settings = found.recipe.evaluate if found.recipe is not None else None
         evaluation = _evaluate_split(
@@ -161,6 +179,8 @@ def evaluate(
             out or DEFAULT_OUT,
             convention=convention or Convention.standard,
             allow_missing=allow_missing,
+            scoring={"resample": resample}
+            | ({} if nsd_tolerance is None else {"nsd_tolerance": nsd_tolerance}),
             worst=overlays,
             overwrite=overwrite,
         )
@@ -296,6 +316,7 @@ def _evaluate_folders(
     *,
     convention: Convention,
     allow_missing: bool,
+    scoring: dict[str, Any],
     worst: int,
     overwrite: bool,
 ) -> _Evaluation:
@@ -311,7 +332,7 @@ def _evaluate_folders(
         from sdseg_cli.core.engine.processes import Processes
 
         processes = Processes(cpu=True)
-    scored = evaluate_folders(pairs, classes, convention=convention.value, processes=processes)
+    scored = evaluate_folders(pairs, classes, convention=convention.value, processes=processes, **scoring)
     scores, failed = _collect(scored, len(pairs.pairs), worst, processes)
     if not scores:
         raise DataError(
@@ -331,6 +352,7 @@ def _evaluate_folders(
             "missing_scored_as_empty": list(pairs.missing),
             "unmatched_predictions": [str(path) for path in pairs.unmatched],
             "grid": "case",
+            **scoring,
             "processes": processes.count,
         },
     )

@@ -1,10 +1,12 @@
-"""``sdseg predict``: any folder of images -> masks that lie on them pixel by pixel."""
+"""``sdseg predict``: any folder of images and volumes -> masks that lie on them voxel by voxel."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,24 +50,52 @@ from sdseg_cli.core.run_directory import ModelReference, atomic_write, now, to_j
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor
     from sdseg_cli.core.engine.processes import Processes
+    from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 
 SETTINGS_FILE = "prediction.json"
 # What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
-MASK_SETTINGS = ("model", "model_of", "decoder", "seed", "num_inference_steps", "num_samples", "threshold")
+MASK_SETTINGS = (
+    *("model", "model_of", "decoder", "seed", "num_inference_steps", "num_samples", "threshold"),
+    *("window", "axis", "nan_fill"),
+)
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
+
+
+class VolumeAxis(StrEnum):
+    """Anatomical direction that a volume is cut along."""
+
+    axial = "axial"
+    coronal = "coronal"
+    sagittal = "sagittal"
+
+
+class VolumeFormat(StrEnum):
+    """Format of the masks of volumes."""
+
+    same = "same"
+    nifti = "nifti"
+    nrrd = "nrrd"
+    mha = "mha"
+    dicom_seg = "dicom-seg"
+
 
 EXAMPLES = """
 sdseg predict scans/ --out masks/                                  # with the newest finished run
 sdseg predict scans/ --out masks/ --model runs/kseg-fast --overlay
 sdseg predict a.png b.tif --out masks/ --samples 10 --probabilities
 sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where it stopped
+sdseg predict ct.nii.gz --out masks/ --window=-175,250             # a volume; the mask has its geometry
+sdseg predict dicom/ --out masks/ --recursive --format dicom-seg   # a DICOM-SEG for every series
 """
 
 
 def predict(
     scans: Annotated[
         list[Path],
-        typer.Argument(help="Folders of images, or single images: PNG, JPEG, TIFF, BMP.", show_default=False),
+        typer.Argument(
+            help="Folders or single files: PNG, JPEG, TIFF, BMP; NIfTI, NRRD, MetaImage; DICOM series.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.", show_default=False)
@@ -81,7 +111,8 @@ def predict(
         bool,
         typer.Option(
             "--probabilities",
-            help="Also write probabilities/: 16-bit PNG (65535 is 1), or .npz with several classes.",
+            help="Also write probabilities/: 16-bit PNG (65535 is 1), or .npz with several classes; float "
+            "NIfTI for volumes.",
         ),
     ] = False,
     samples: Annotated[
@@ -90,6 +121,32 @@ def predict(
             "--samples",
             min=1,
             help="Noise draws to average; from 2 on also writes uncertainty/. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    mask_format: Annotated[
+        VolumeFormat,
+        typer.Option("--format", help="Of the masks of volumes; 'same' gives NIfTI for DICOM."),
+    ] = VolumeFormat.same,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Values of a volume that become black and white. Default: the model's, else the volume's "
+            "0.5 to 99.5 percentile.",
+            show_default=False,
+        ),
+    ] = None,
+    axis: Annotated[
+        VolumeAxis | None,
+        typer.Option(help="Slices of volumes. Default: the model's, else axial.", show_default=False),
+    ] = None,
+    nan_fill: Annotated[
+        float | None,
+        typer.Option(
+            "--nan-fill",
+            metavar="VALUE",
+            help="Value for voxels that are NaN or infinite; without it such volumes fail.",
             show_default=False,
         ),
     ] = None,
@@ -107,7 +164,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images: one mask a file, in its own size and orientation, and a summary.csv.
+    """Segment images and volumes: one mask each, in its own size and geometry, and a summary.csv.
 
     Files that cannot be read are listed and left out; the exit code is then 3.
     """
@@ -123,8 +180,14 @@ def predict(
         overlays=overlay,
         probabilities=probabilities,
         uncertainty=several,
+        mask_format=mask_format.value,  # type: ignore[arg-type]
+        on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
-    settings = {**_model_identity(found.reference), **_with_decoder(decoder), "seed": seed, **sampling}
+    limits = _window(window)
+    chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
+    stated = {name: value for name, value in chosen.items() if value is not None}
+    identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
+    settings = {**identity, "seed": seed, **sampling, **stated}
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
     if not overwrite:
         _refuse_other_settings(out, settings)
@@ -146,6 +209,7 @@ def predict(
             precision=precision.value,
             compiled=compiled,
             overwrite=overwrite,
+            volumes=chosen,
         )
 
 
@@ -180,6 +244,7 @@ class _Session:
         precision: str,
         compiled: bool | None,
         overwrite: bool,
+        volumes: dict[str, Any],
     ) -> None:
         """Predict this process's share; the main process reports for all."""
         with console.working("loading the model"):
@@ -195,9 +260,11 @@ class _Session:
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
+        from sdseg_cli.core.engine.volume_prediction import VolumeSettings
+
         mine = processes.share(list(todo))
         compile_if_wanted(predictor, compiled, len(mine))
-        stop = self._predict(mine, predictor)
+        stop = self._predict(mine, predictor, VolumeSettings(**volumes))
         self._gather(processes, stop)
         if processes.is_main:
             self._finish(stop)
@@ -205,9 +272,11 @@ class _Session:
             raise stop
         self._leave()
 
-    def _predict(self, todo: Sequence[PredictionTask], predictor: Predictor) -> SdsegError | None:
+    def _predict(
+        self, todo: Sequence[PredictionTask], predictor: Predictor, volumes: VolumeSettings
+    ) -> SdsegError | None:
         """Keep the records of all that was written, also when something stops the rest."""
-        stream = predict_files(todo, predictor)
+        stream = predict_files(todo, predictor, volumes=volumes)
         try:
             for record in console.progress(stream, len(todo), "predicting", unit="images"):
                 self.records.append(record)
@@ -293,6 +362,21 @@ def _with_decoder(decoder: Path | None) -> dict[str, str]:
     return {} if decoder is None else {"decoder": str(decoder.resolve())}
 
 
+def _window(text: str | None) -> list[float] | None:
+    """``LOW,HIGH`` as two numbers; a list, as the settings file gives it back."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise UsageError(
+            f"--window {text!r}: expected two numbers LOW,HIGH, the lower first: --window=-175,250"
+        )
+    return [low, high]
+
+
 def _model_identity(reference: ModelReference) -> dict[str, Any]:
     """Where the model is, and when its run ended: a run that was trained anew is another model."""
     folder = Path(reference.location)
@@ -334,4 +418,7 @@ def _common_notes(records: Sequence[CasePrediction]) -> list[tuple[str, int]]:
 
 
 def _count(tasks: Sequence[PredictionTask]) -> str:
-    return f"{len(tasks)} image" + ("s" if len(tasks) != 1 else "")
+    volumes = sum(task.is_volume for task in tasks)
+    kinds = [(len(tasks) - volumes, "image"), (volumes, "volume")]
+    words = [f"{count} {kind}" + ("s" if count != 1 else "") for count, kind in kinds if count]
+    return " and ".join(words) or "0 images"

@@ -20,7 +20,7 @@ import pytest
 import typer
 from PIL import Image
 
-from sdseg_cli.commands.predict import predict
+from sdseg_cli.commands.predict import VolumeFormat, predict
 from sdseg_cli.core.data.images import read_label_map
 from sdseg_cli.core.engine import prediction as engine
 from sdseg_cli.core.errors import DataError, UsageError
@@ -429,3 +429,52 @@ def test_two_processes_share_the_images_and_lose_or_double_none(tmp_path, model)
     ]  # fmt: skip
     assert [(row["case"], row["status"]) for row in rows(out)] == [(str(k), "done") for k in range(7)]
     assert finished.stderr.count("7 of 7 images done") == 1
+
+
+# ---- volumes ----
+
+
+def save_volume(path: Path, value: int = 900) -> None:
+    import nibabel
+
+    voxels = np.full((8, 9, 5), -100, np.int16)
+    voxels[2:6, 2:6, 1:4] = value
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.5, 0.7, 3.0, 1.0])), path)
+
+
+def test_a_volume_gives_a_mask_in_its_geometry_and_a_broken_one_exit_code_3(tmp_path, model, made, capfd):
+    import nibabel
+
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    save_volume(folder / "a.nii.gz")
+    (folder / "b.nii.gz").write_bytes(b"nothing")
+    out = tmp_path / "masks"
+    assert (
+        exit_code(scans=[folder], out=out, model=model, window="-100,900", mask_format=VolumeFormat.nrrd) == 3
+    )
+    assert (out / "a.nrrd").exists()
+    assert "b.nii.gz" in capfd.readouterr().err
+    assert nibabel.load(folder / "a.nii.gz").shape == (8, 9, 5)
+    settings = json.loads((out / "prediction.json").read_text())
+    assert settings["window"] == [-100, 900]
+    table = {row["file"]: row for row in rows(out)}
+    assert table["a.nii.gz"]["slices"] == "5"
+    assert float(table["a.nii.gz"]["polyp_ml"]) > 0
+
+
+def test_masks_of_another_window_are_not_mixed(tmp_path, model, made):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    save_volume(folder / "a.nii.gz")
+    out = tmp_path / "masks"
+    assert exit_code(scans=[folder], out=out, model=model, window="-100,900") == 0
+    with pytest.raises(UsageError, match="window"):
+        predict(scans=[folder], out=out, model=model, window="0,900", skip_existing=True)
+    assert exit_code(scans=[folder], out=out, model=model, window="-100,900", skip_existing=True) == 0
+
+
+@pytest.mark.parametrize("window", ["5", "5,1", "a,b", "nan,1"])
+def test_a_window_that_is_none_is_a_usage_error(scans, tmp_path, model, made, window):
+    with pytest.raises(UsageError, match="expected two numbers LOW,HIGH"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model, window=window)

@@ -230,9 +230,9 @@ def test_rows_hold_one_line_per_case_and_class_and_name_the_outcome():
     records = evaluated([slice_of("a", truth)], {("a", 0): drawn("1100", "1100")}, ORGANS)
     text = to_csv(case_rows(records), CASE_COLUMNS)
     header, liver, kidney = text.splitlines()
-    assert header.startswith("case,group,slices,class,dice,iou,precision,recall,hd95,assd,distance_unit")
-    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,px,4,4,4,scored"
-    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,px,4,0,0,missed"
+    assert header.startswith("case,group,slices,class,dice,iou,precision,recall,hd95,assd,nsd,distance_unit")
+    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,1.0,px,4,4,4,scored"
+    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,0.0,px,4,0,0,missed"
 
 
 def test_only_the_worst_cases_keep_their_pictures():

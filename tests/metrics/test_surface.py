@@ -40,11 +40,11 @@ def oracle(prediction, truth, spacing=(1.0, 1.0)):
 
 
 def test_two_pixels_three_columns_apart_are_three_pixels_apart():
-    assert surface_scores(LEFT, RIGHT) == SurfaceScores(hd95=3.0, assd=3.0)
+    assert surface_scores(LEFT, RIGHT) == SurfaceScores(hd95=3.0, assd=3.0, nsd=0.0)
 
 
 def test_distances_are_in_millimetres_along_the_right_axis():
-    assert surface_scores(LEFT, RIGHT, (10.0, 0.5)) == SurfaceScores(hd95=1.5, assd=1.5)
+    assert surface_scores(LEFT, RIGHT, (10.0, 0.5)) == SurfaceScores(hd95=1.5, assd=1.5, nsd=1.0)
 
 
 def test_the_larger_direction_decides_hd95_and_assd_pools_both():
@@ -89,8 +89,8 @@ def test_a_volume_is_measured_in_three_dimensions():
 @pytest.mark.faults
 def test_a_missed_and_an_invented_structure_are_infinitely_far():
     empty = np.zeros_like(LEFT)
-    assert surface_scores(empty, LEFT) == SurfaceScores(math.inf, math.inf)
-    assert surface_scores(LEFT, empty) == SurfaceScores(math.inf, math.inf)
+    assert surface_scores(empty, LEFT) == SurfaceScores(math.inf, math.inf, 0.0)
+    assert surface_scores(LEFT, empty) == SurfaceScores(math.inf, math.inf, 0.0)
 
 
 @pytest.mark.faults

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from sdseg_cli.core.data.images import list_images, read_label_map
+from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
+from sdseg_cli.core.data.volume_files import volume_suffix
+from sdseg_cli.core.data.volumes import is_volume
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.overlap import (
@@ -26,7 +28,7 @@ from sdseg_cli.core.metrics.overlap import (
     sum_counts,
 )
 from sdseg_cli.core.metrics.summary import Summary, summarise
-from sdseg_cli.core.metrics.surface import SurfaceScores, surface_scores
+from sdseg_cli.core.metrics.surface import NSD_TOLERANCE, SurfaceScores, surface_scores
 from sdseg_cli.core.reporting.page import Table
 from sdseg_cli.core.reporting.tables import cell, interval_cell
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from sdseg_cli.core.engine.processes import Processes
 
 GridName = Literal["case", "model"]
-METRICS: tuple[str, ...] = ("dice", "iou", "precision", "recall", "hd95", "assd")
+METRICS: tuple[str, ...] = ("dice", "iou", "precision", "recall", "hd95", "assd", "nsd")
 DISTANCES: tuple[str, ...] = ("hd95", "assd")
 MEAN_OF_CLASSES = "mean of classes"
 PICTURE_SIZE = 256  # pixels; the longer side of a picture kept of a case from a folder
@@ -50,7 +52,8 @@ CONVENTION_TEXTS: dict[str, str] = {
 DISTANCE_TEXT = (
     "HD95 is the larger of the two directed 95th percentiles, ASSD the mean over both outlines pooled. "
     "Means of distances are over the cases where both outlines exist: read them with the missed structures "
-    "and false alarms counted beside them, which medians include as infinite."
+    "and false alarms counted beside them, which medians include as infinite. NSD is the share of both "
+    "outlines within the tolerance of the other; a missed structure scores 0."
 )
 
 
@@ -75,6 +78,7 @@ class ClassScores:
     recall: float
     hd95: float
     assd: float
+    nsd: float = math.nan
 
     @property
     def outcome(self) -> str:
@@ -279,9 +283,16 @@ def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> l
 
 
 def _surfaces(
-    label_map: np.ndarray, truth: np.ndarray, num_classes: int, spacing: tuple[float, ...] | None
+    label_map: np.ndarray,
+    truth: np.ndarray,
+    num_classes: int,
+    spacing: tuple[float, ...] | None,
+    tolerance: float = NSD_TOLERANCE,
 ) -> tuple[SurfaceScores, ...]:
-    return tuple(surface_scores(label_map == k, truth == k, spacing) for k in range(1, num_classes))
+    return tuple(
+        surface_scores(label_map == k, truth == k, spacing, tolerance=tolerance)
+        for k in range(1, num_classes)
+    )
 
 
 def _score_case(
@@ -298,7 +309,7 @@ def _score_case(
 
 def _class_scores(name: str, counts: Counts, surface: SurfaceScores, convention: Convention) -> ClassScores:
     if counts.is_missed or counts.is_false_alarm:  # however far slices are apart
-        surface = SurfaceScores(math.inf, math.inf)
+        surface = SurfaceScores(math.inf, math.inf, 0.0)
     return ClassScores(
         name,
         counts,
@@ -308,6 +319,7 @@ def _class_scores(name: str, counts: Counts, surface: SurfaceScores, convention:
         recall(counts),
         surface.hd95,
         surface.assd,
+        surface.nsd,
     )
 
 
@@ -346,10 +358,19 @@ def pair_folders(predictions: Path, ground_truth: Path, *, allow_missing: bool =
 
 def _by_name(folder: Path, what: str) -> dict[str, Path]:
     files = list_images(folder)
+    files += [path for path in folder.iterdir() if is_volume(path) and path.is_file()]
+    files = sorted(files, key=lambda path: natural_key(path.name))
     if not files:
-        raise DataError(f"{folder}: no image files in the folder of the {what}. Expected masks, e.g. PNG.")
-    stems = Counter(path.stem for path in files)
-    return {path.stem if stems[path.stem] == 1 else path.name: path for path in files}
+        raise DataError(
+            f"{folder}: no image files in the folder of the {what}, nor volumes. Expected masks, "
+            "e.g. PNG or NIfTI."
+        )
+    stems = Counter(_stem(path) for path in files)
+    return {_stem(path) if stems[_stem(path)] == 1 else path.name: path for path in files}
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(volume_suffix(path) or path.suffix) or None]
 
 
 def evaluate_folders(
@@ -358,55 +379,80 @@ def evaluate_folders(
     *,
     convention: Convention = "standard",
     processes: Processes | None = None,
+    nsd_tolerance: float = NSD_TOLERANCE,
+    resample: bool = False,
 ) -> Iterator[CaseScores | FailedCase]:
-    """Score pairs of label maps. A generator: unread, it does nothing.
+    """Score pairs of label maps or of label volumes. A generator: unread, it does nothing.
 
     Args:
         pairs: from :func:`pair_folders`.
         classes: names in the order of the labels, the background first.
         convention: for empty masks.
         processes: share the cases with other processes; this one yields its own part only.
+        nsd_tolerance: in pixels for label maps, in mm for volumes.
+        resample: bring a predicted volume onto the grid of its truth by nearest neighbour where they differ.
 
     Yields:
-        One record per case: its scores (distances in pixels), or why it has none (unreadable, sizes differ).
+        One record per case: its scores (distances in pixels, of volumes in mm between three-dimensional
+        surfaces), or why it has none (unreadable, sizes or places differ).
     """
     mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
     for case_id, prediction_path, truth_path in mine:
         try:
-            yield _score_pair(case_id, prediction_path, truth_path, classes, convention)
+            if is_volume(truth_path):
+                from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
+
+                pair = read_volume_pair(case_id, prediction_path, truth_path, len(classes), resample=resample)
+                prediction, truth, spacing = pair.prediction, pair.ground_truth, pair.spacing_mm
+            else:
+                prediction, truth = _read_pair(case_id, prediction_path, truth_path, len(classes))
+                spacing = None
+            yield _score_pair(case_id, prediction, truth, spacing, classes, convention, nsd_tolerance)
         except SdsegError as error:
             yield FailedCase(case_id, str(error))
 
 
-def _score_pair(
-    case_id: str,
-    prediction_path: Path | None,
-    truth_path: Path,
-    classes: Sequence[str],
-    convention: Convention,
-) -> CaseScores:
-    truth = read_label_map(truth_path, num_classes=len(classes))
+def _read_pair(
+    case_id: str, prediction_path: Path | None, truth_path: Path, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    truth = read_label_map(truth_path, num_classes=num_classes)
     if prediction_path is None:
-        prediction = np.zeros_like(truth)
-    else:
-        prediction = read_label_map(prediction_path, num_classes=len(classes))
+        return np.zeros_like(truth), truth
+    prediction = read_label_map(prediction_path, num_classes=num_classes)
     if prediction.shape != truth.shape:
         raise DataError(
             f"case {case_id!r}: prediction is {_size(prediction)} ({prediction_path}), ground truth "
             f"{_size(truth)} ({truth_path}). Masks must have the size of the image: predict again, or "
             "fetch the pair again."
         )
-    height, width = truth.shape
+    return prediction, truth
+
+
+def _score_pair(
+    case_id: str,
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: tuple[float, float, float] | None,
+    classes: Sequence[str],
+    convention: Convention,
+    nsd_tolerance: float,
+) -> CaseScores:
+    shown = prediction, truth
+    if truth.ndim == 3:  # the slice with the most errors stands for the volume
+        worst = int((prediction != truth).sum(axis=(0, 1)).argmax())
+        shown = prediction[:, :, worst], truth[:, :, worst]
+    height, width = shown[1].shape
     small = Grid(height, width, PICTURE_SIZE, "pad")
     blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
-    picture = CasePicture(blank, small.labels_to_model(truth), small.labels_to_model(prediction))
+    picture = CasePicture(blank, small.labels_to_model(shown[1]), small.labels_to_model(shown[0]))
     part = _SliceScores(
         count_classes(prediction, truth, len(classes)),
-        _surfaces(prediction, truth, len(classes), None),
-        has_spacing=False,
+        _surfaces(prediction, truth, len(classes), spacing, nsd_tolerance),
+        has_spacing=spacing is not None,
         picture=picture,
     )
-    return _score_case(case_id, case_id, [part], classes, convention)
+    scores = _score_case(case_id, case_id, [part], classes, convention)
+    return replace(scores, slices=truth.shape[2]) if truth.ndim == 3 else scores
 
 
 # ---- collecting and summing up --------------------------------------------------------------------------
@@ -590,7 +636,7 @@ def _false_alarms(count: int) -> str:
 
 
 def _metric_label(metric: str, unit: str) -> str:
-    names = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "assd": f"ASSD ({unit})"}
+    names = {"dice": "Dice", "iou": "IoU", "hd95": f"HD95 ({unit})", "assd": f"ASSD ({unit})", "nsd": "NSD"}
     return names.get(metric, metric)
 
 

@@ -1,8 +1,7 @@
-"""Prediction of many image files: read ahead, predict in batches, write behind, lose nothing that is done.
+"""Prediction of many files: read ahead, predict in batches, write behind, lose nothing that is done.
 
-Planning (which image gives which files) is separate from predicting, needs no torch and refuses what
-would overwrite anything, so that a mistake costs a second and not a night. Memory is bounded by the
-number of images read ahead, whatever the number of files.
+Images go through together, volumes one by one (:mod:`~sdseg_cli.core.engine.volume_prediction`). Memory is
+bounded by the number of images read ahead, and by two volumes, whatever the number of files.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import hashlib
 import io
-import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,69 +23,60 @@ import numpy as np
 from sdseg_cli.core.data.images import (
     LoadedImage,
     lay_on_stored_grid,
-    list_images,
     read_image,
     write_label_map,
     write_png,
 )
-from sdseg_cli.core.errors import DataError, SdsegError, UsageError
+from sdseg_cli.core.engine.prediction_plan import (
+    PredictionTask,
+    plan_predictions,
+    prepare_folder,
+    probability_files,
+    readable,
+    refuse_existing,
+    remove_outputs,
+    split_existing,
+)
+from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import write_whole
 from sdseg_cli.core.grid import Grid
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
+    from sdseg_cli.core.engine.volume_prediction import VolumeSettings
+
+__all__ = [
+    "SUMMARY_FILE",
+    "CasePrediction",
+    "PredictionTask",
+    "plan_predictions",
+    "predict_files",
+    "prepare_folder",
+    "readable",
+    "refuse_existing",
+    "remove_outputs",
+    "split_existing",
+    "summary_rows",
+    "write_summary",
+]
 
 Status = Literal["done", "skipped", "failed"]
 
-OVERLAYS, PROBABILITIES, UNCERTAINTY = "overlays", "probabilities", "uncertainty"
 SUMMARY_FILE = "summary.csv"
-LONGEST_NAME = 255  # bytes of one path component on every common file system
 OVERLAY_ALPHA = 0.35
 # A file system in one of these states fails every later mask too: going on would only repeat the message.
 FATAL_WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True)
-class PredictionTask:
-    """One image and the files its prediction gives.
-
-    ``case_id`` is the image's path inside the given folder without its suffix (with it where two images
-    differ in nothing else). It names the outputs and, with the seed, decides the noise.
-    ``probabilities`` has no suffix yet: the model's number of classes decides between .png and .npz.
-    """
-
-    case_id: str
-    path: Path
-    file: str
-    mask: Path
-    overlay: Path | None = None
-    probabilities: Path | None = None
-    uncertainty: Path | None = None
-
-    @property
-    def outputs(self) -> tuple[Path, ...]:
-        """Every file that could be written, for both kinds of probability files."""
-        paths: list[Path | None] = [self.mask, self.overlay, self.uncertainty]
-        paths += probability_files(self.probabilities)
-        return tuple(path for path in paths if path is not None)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all that was asked for is there already. Files get their name only when whole."""
-        single = (self.mask, self.overlay, self.uncertainty)
-        if not all(path is None or path.exists() for path in single):
-            return False
-        files = probability_files(self.probabilities)
-        return not files or any(path.exists() for path in files)
-
-
-@dataclass(frozen=True)
 class CasePrediction:
-    """What became of one image.
+    """What became of one image or volume.
 
-    ``width`` and ``height`` are those of the upright image in pixels, ``areas_px`` the pixels of every
-    foreground class, ``mean_uncertainty`` the mean over the image of the standard deviation between
-    samples (None with one sample), ``seconds`` the wall-clock time since the record before.
+    ``width`` and ``height`` are those of the upright image or of a slice in pixels, ``slices`` is None for
+    an image. ``areas_px`` are the pixels (voxels) of every foreground class, ``components`` its connected
+    parts (touching corners connect), ``volumes_ml`` its millilitres in a volume. ``mean_uncertainty`` is
+    the mean of the standard deviation between samples (None with one sample), ``seconds`` the wall-clock
+    time since the record before.
     """
 
     case_id: str
@@ -96,212 +84,14 @@ class CasePrediction:
     status: Status
     width: int | None = None
     height: int | None = None
+    slices: int | None = None
     areas_px: Mapping[str, int] = field(default_factory=dict)
+    components: Mapping[str, int] = field(default_factory=dict)
+    volumes_ml: Mapping[str, float] = field(default_factory=dict)
     mean_uncertainty: float | None = None
     seconds: float = 0.0
     error: str = ""
     notes: tuple[str, ...] = ()
-
-
-# ---------------------------------------------------------------------------------------------- planning
-
-
-def plan_predictions(
-    scans: Sequence[Path],
-    out: Path,
-    *,
-    recursive: bool = False,
-    overlays: bool = False,
-    probabilities: bool = False,
-    uncertainty: bool = False,
-) -> list[PredictionTask]:
-    """Find the images and give every output a name of its own.
-
-    Args:
-        scans: folders of images, or single images.
-        out: folder of the outputs; masks lie in it directly, the rest in subfolders.
-        recursive: also look into subfolders of the folders; they are kept in ``out``.
-        overlays, probabilities, uncertainty: which further files are wanted.
-
-    Returns:
-        One task an image, sorted by folder as given and name.
-
-    Raises:
-        UsageError: a path does not exist, no image is found, or an output would fall onto an input
-            or onto another output.
-    """
-    found = _find_images(scans, out, recursive=recursive)
-    relatives = [relative for _, relative in found]
-    twice = [str(relative) for relative, count in Counter(relatives).items() if count > 1]
-    if twice:
-        raise UsageError(
-            f"{len(twice)} images have the same name in several of the given folders (first: "
-            f"{readable(twice[0])}), so their masks would overwrite each other. Give the folder above them "
-            "with --recursive, or predict each folder into its own --out."
-        )
-    names = _unique_names(relatives)
-    tasks = []
-    for (path, relative), name in zip(found, names, strict=True):
-        file_name = Path(*name.parts[:-1], _fitting(f"{name.name}.png"))
-        bare = file_name.with_name(file_name.name[: -len(".png")])
-        tasks.append(
-            PredictionTask(
-                case_id=readable(name.as_posix()),
-                path=path,
-                file=readable(relative.as_posix()),
-                mask=out / file_name,
-                overlay=out / OVERLAYS / file_name if overlays else None,
-                probabilities=out / PROBABILITIES / bare if probabilities else None,
-                uncertainty=out / UNCERTAINTY / file_name if uncertainty else None,
-            )
-        )
-    _refuse_collisions(tasks)
-    return tasks
-
-
-def split_existing(tasks: Sequence[PredictionTask]) -> tuple[list[PredictionTask], list[PredictionTask]]:
-    """Separate the tasks into (to do, already done)."""
-    todo: list[PredictionTask] = []
-    done: list[PredictionTask] = []
-    for task in tasks:
-        (done if task.is_done else todo).append(task)
-    return todo, done
-
-
-def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:
-    """Refuse to overwrite; UsageError names the first file that is in the way, and how many there are."""
-    existing = [path for task in tasks for path in task.outputs if path.exists()]
-    if existing:
-        raise UsageError(
-            f"{len(existing)} of the files to be written exist already in {readable(out)} (first: "
-            f"{readable(existing[0].relative_to(out))}). Pass --skip-existing to predict only what is "
-            "missing, --overwrite to replace them, or another --out."
-        )
-
-
-def remove_outputs(tasks: Iterable[PredictionTask]) -> None:
-    """Remove what is to be replaced, all of it before the first new mask is written.
-
-    Otherwise an interrupted replacement leaves masks of two models side by side, and those of the old one
-    would count as done when it goes on.
-    """
-    for task in tasks:
-        for path in task.outputs:
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                path.unlink()
-
-
-def prepare_folder(out: Path) -> None:
-    """Make the output folder and see that it can be written to, before any model is loaded."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".sdseg-probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"the output folder {readable(out)} cannot be written to ({error.strerror or error}). "
-            "Choose another --out, or mend its permissions."
-        ) from error
-
-
-def readable(name: str | Path) -> str:
-    """A path as text that can always be printed and stored: undecodable bytes become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def probability_files(stem: Path | None) -> list[Path]:
-    """The two files a case's probabilities can be in: 16-bit PNG for one class, .npz for several."""
-    if stem is None:
-        return []
-    return [stem.with_name(stem.name + suffix) for suffix in (".png", ".npz")]
-
-
-def _find_images(scans: Sequence[Path], out: Path, *, recursive: bool) -> list[tuple[Path, Path]]:
-    """(path, path relative to the folder it was found in) of every image, outputs of ours left out."""
-    found: list[tuple[Path, Path]] = []
-    for scan in scans:
-        if scan.is_dir():
-            if scan.resolve() == out.resolve():
-                raise UsageError(
-                    f"{readable(out)} is the folder of the images; masks in it would be taken for images the "
-                    f"next time. Choose another --out, {readable(out / 'masks')} for instance."
-                )
-            inside = list_images(scan, recursive=recursive)
-            if recursive and _is_inside(out, scan):
-                inside = [path for path in inside if not _is_inside(path, out)]
-            if not inside:
-                hint = "" if recursive else " directly in it; pass --recursive to look into its subfolders"
-                raise UsageError(
-                    f"{readable(scan)}: no PNG, JPEG, TIFF or BMP image was found{hint}. Check the folder."
-                )
-            found += [(path, path.relative_to(scan)) for path in inside]
-        elif scan.exists():  # by name, whatever its suffix: a file that is no image fails when it is read
-            found.append((scan, Path(scan.name)))
-        else:
-            raise UsageError(f"{readable(scan)} does not exist. Give an image, or a folder of images.")
-    return found
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def _unique_names(relatives: Sequence[Path]) -> list[Path]:
-    """Names without suffix; where several images would share one, each of them keeps its suffix."""
-    names = [relative.with_suffix("") for relative in relatives]
-    while True:
-        counts = Counter(names)
-        kept = [
-            relative if counts[name] > 1 else name for name, relative in zip(names, relatives, strict=True)
-        ]
-        if kept == names:
-            return names
-        names = kept
-
-
-def _fitting(name: str) -> str:
-    """Shorten a file name that the suffix made too long; a hash of the whole keeps it unique."""
-    encoded = os.fsencode(name)
-    if len(encoded) <= LONGEST_NAME:
-        return name
-    mark = "~" + hashlib.sha256(encoded).hexdigest()[:12]
-    # Dropping a character cut in the middle: a broken one could not be printed.
-    head = encoded[: LONGEST_NAME - len(mark) - len(".png")].decode("utf-8", "ignore")
-    return f"{head}{mark}.png"
-
-
-def _refuse_collisions(tasks: Sequence[PredictionTask]) -> None:
-    resolved = _Resolver()
-    inputs = {resolved(task.path): task.path for task in tasks}
-    writer: dict[Path, str] = {}
-    for task in tasks:
-        for path in task.outputs:
-            if resolved(path) in inputs:
-                raise UsageError(
-                    f"the mask of {task.file} would be written onto the input {readable(path)}. "
-                    "Choose an --out that is not the folder of the images."
-                )
-            other = writer.setdefault(path, task.file)
-            if other != task.file:
-                raise UsageError(
-                    f"{readable(path)} would be written for both {other} and {task.file}: the folder names "
-                    f"{OVERLAYS}, {PROBABILITIES} and {UNCERTAINTY} are used for the extra outputs. Rename "
-                    "that folder of images, or predict it on its own."
-                )
-
-
-class _Resolver:
-    """Resolves the folder of a path, each folder once: with thousands of files that is what takes time."""
-
-    def __init__(self) -> None:
-        self._folders: dict[Path, Path] = {}
-
-    def __call__(self, path: Path) -> tuple[Path, str]:
-        folder = self._folders.get(path.parent)
-        if folder is None:
-            folder = self._folders[path.parent] = path.parent.resolve()
-        return folder, path.name
 
 
 # -------------------------------------------------------------------------------------------- predicting
@@ -317,18 +107,24 @@ class _ReadCase:
 
 
 def predict_files(
-    tasks: Iterable[PredictionTask], predictor: Predictor, *, readers: int = 4, writers: int = 2
+    tasks: Iterable[PredictionTask],
+    predictor: Predictor,
+    *,
+    readers: int = 4,
+    writers: int = 2,
+    volumes: VolumeSettings | None = None,
 ) -> Iterator[CasePrediction]:
-    """Predict every image; nothing happens until the records are read.
+    """Predict every image, then every volume; nothing happens until the records are read.
 
-    An image that cannot be read, or whose outputs cannot be written, is a record with status
-    ``failed``; the others go on. At most ``readers`` + the predictor's batch + ``writers`` images are held
-    in memory.
+    A case that cannot be read, or whose outputs cannot be written, is a record with status ``failed``; the
+    others go on. At most ``readers`` + the predictor's batch + ``writers`` images are held in memory, or
+    two volumes.
 
     Args:
         tasks: from :func:`plan_predictions`.
         predictor: makes label maps on the case's own grid, in order.
         readers, writers: threads that decode images ahead of the model and encode masks behind it.
+        volumes: how volumes are cut and windowed; None leaves it to the model.
 
     Yields:
         One record an image, in the order in which they are settled.
@@ -337,12 +133,39 @@ def predict_files(
         DataError: the disk is full or read-only. The records of all that was written come first.
         SdsegError: whatever stops the predictor itself, also after the records of what was written.
     """
+    clock = _Clock()
+    later: list[PredictionTask] = []
+    yield from map(clock.stamp, _predict_images(_set_aside(tasks, later), predictor, readers, writers))
+    if not later:
+        return
+    from sdseg_cli.core.engine.volume_prediction import predict_volumes
+
+    for task, outcome in predict_volumes(later, predictor, volumes):
+        if isinstance(outcome, CasePrediction):
+            yield clock.stamp(outcome)
+            continue
+        if isinstance(outcome, OSError) and outcome.errno in FATAL_WRITE_ERRORS:
+            yield clock.stamp(_failed(task, f"cannot be written: {outcome.strerror or outcome}"))
+            raise _fatal(task, outcome)
+        yield clock.stamp(_failed(task, _reason(task, outcome)))
+
+
+def _set_aside(tasks: Iterable[PredictionTask], volumes: list[PredictionTask]) -> Iterator[PredictionTask]:
+    for task in tasks:
+        if task.is_volume:
+            volumes.append(task)
+        else:
+            yield task
+
+
+def _predict_images(
+    tasks: Iterable[PredictionTask], predictor: Predictor, readers: int, writers: int
+) -> Iterator[CasePrediction]:
     reading = ThreadPoolExecutor(readers, thread_name_prefix="sdseg-read")
     writing = ThreadPoolExecutor(writers, thread_name_prefix="sdseg-write")
     stream = _ReadStream(tasks, predictor, reading, ahead=2 * readers)
     written: deque[tuple[PredictionTask, Future[CasePrediction]]] = deque()
     stop: SdsegError | None = None
-    clock = _Clock()
 
     def settle(most: int) -> Iterator[CasePrediction]:
         """Yield what was written, oldest first, until at most ``most`` writes are under way."""
@@ -355,7 +178,7 @@ def predict_files(
                 if error.errno in FATAL_WRITE_ERRORS:
                     stop = stop or _fatal(task, error)
                 record = _failed(task, f"cannot be written: {error.strerror or error}")
-            yield clock.stamp(record)
+            yield record
 
     try:
         predictions = iter(predictor(stream))
@@ -365,7 +188,7 @@ def predict_files(
             except SdsegError as error:
                 stop = error
                 break
-            yield from map(clock.stamp, stream.take_failures())
+            yield from stream.take_failures()
             if prediction is None:
                 break
             case = stream.take(prediction)
@@ -516,7 +339,7 @@ def _sixteen_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _record(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]) -> CasePrediction:
-    counts = np.bincount(prediction.label_map.ravel(), minlength=len(classes))
+    areas, components = count_pixels(prediction.label_map, classes)
     height, width = prediction.label_map.shape
     asked = case.task.uncertainty is not None
     return CasePrediction(
@@ -525,10 +348,31 @@ def _record(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]
         status="done",
         width=width,
         height=height,
-        areas_px={name: int(counts[index]) for index, name in enumerate(classes) if index > 0},
+        areas_px=areas,
+        components=components,
         mean_uncertainty=float(prediction.uncertainty.mean()) if asked else None,
         notes=case.notes,
     )
+
+
+def count_pixels(labels: np.ndarray, classes: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Pixels and connected components of every foreground class.
+
+    Args:
+        labels: uint8, (H, W) or (I, J, K), class indices.
+        classes: names, the background first.
+    """
+    from scipy.ndimage import find_objects
+    from skimage.measure import label
+
+    # np.bincount would make a copy of eight bytes a voxel.
+    areas = {name: int((labels == index).sum()) for index, name in enumerate(classes) if index > 0}
+    boxes = find_objects(labels, max_label=len(classes) - 1)
+    components = {
+        name: 0 if box is None else int(label(labels[box] == index, return_num=True)[1])
+        for index, (name, box) in enumerate(zip(classes[1:], boxes, strict=True), start=1)
+    }
+    return areas, components
 
 
 def _failed(task: PredictionTask, error: str) -> CasePrediction:
@@ -567,12 +411,16 @@ def _row(record: CasePrediction, classes: Sequence[str]) -> dict[str, str]:
         "file": record.file,
         "width": _text(record.width),
         "height": _text(record.height),
+        "slices": _text(record.slices),
     }
     for name in classes[1:]:
         area = record.areas_px.get(name)
         row[f"{name}_px"] = _text(area)
-        size = (record.width or 0) * (record.height or 0)
+        size = (record.width or 0) * (record.height or 0) * (record.slices or 1)
         row[f"{name}_fraction"] = "" if area is None or not size else f"{area / size:.6f}"
+        millilitres = record.volumes_ml.get(name)
+        row[f"{name}_ml"] = "" if millilitres is None else f"{millilitres:.4f}"
+        row[f"{name}_components"] = _text(record.components.get(name))
     uncertainty = record.mean_uncertainty
     row["mean_uncertainty"] = "" if uncertainty is None else f"{uncertainty:.6f}"
     row["status"] = record.status

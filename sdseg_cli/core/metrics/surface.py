@@ -2,7 +2,8 @@
 
 Definitions, since tools differ: the surface is the set of mask pixels with a neighbour (4- or
 6-connected) outside the mask, HD95 is the larger of the two directed 95th percentiles (linear
-interpolation), ASSD is the mean over the distances of both surfaces pooled.
+interpolation), ASSD is the mean over the distances of both surfaces pooled, NSD (normalised surface Dice)
+the share of both surfaces pooled, counted by pixels, that lies within a tolerance of the other.
 """
 
 from __future__ import annotations
@@ -12,17 +13,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NSD_TOLERANCE = 2.0
+
 
 @dataclass(frozen=True)
 class SurfaceScores:
-    """HD95 and ASSD in the unit of the spacing. Both empty: NaN; only one empty: infinite."""
+    """HD95 and ASSD in the unit of the spacing, NSD in [0, 1].
+
+    Both empty: NaN; only one empty: infinite distances and an NSD of 0.
+    """
 
     hd95: float
     assd: float
+    nsd: float = math.nan
 
 
 def surface_scores(
-    prediction: np.ndarray, ground_truth: np.ndarray, spacing: tuple[float, ...] | None = None
+    prediction: np.ndarray,
+    ground_truth: np.ndarray,
+    spacing: tuple[float, ...] | None = None,
+    *,
+    tolerance: float = NSD_TOLERANCE,
 ) -> SurfaceScores:
     """Measure the distances of two masks.
 
@@ -30,9 +41,10 @@ def surface_scores(
         prediction: bool, (H, W) or (D, H, W).
         ground_truth: bool, the same shape.
         spacing: size of a pixel along each axis, in array order, in mm; None counts pixels.
+        tolerance: of the NSD, in the unit of the spacing.
 
     Returns:
-        HD95 and ASSD. A missed or invented structure is infinitely far, so that it cannot improve a
+        HD95, ASSD and NSD. A missed or invented structure is infinitely far, so that it cannot improve a
         score by dropping out of it.
 
     Raises:
@@ -47,10 +59,11 @@ def surface_scores(
     if not has_prediction and not has_truth:
         return SurfaceScores(math.nan, math.nan)
     if not has_prediction or not has_truth:
-        return SurfaceScores(math.inf, math.inf)
+        return SurfaceScores(math.inf, math.inf, 0.0)
     to_truth, to_prediction = _directed_distances(prediction, ground_truth, spacing)
     hd95 = max(float(np.percentile(to_truth, 95)), float(np.percentile(to_prediction, 95)))
-    return SurfaceScores(hd95, float(np.concatenate([to_truth, to_prediction]).mean()))
+    pooled = np.concatenate([to_truth, to_prediction])
+    return SurfaceScores(hd95, float(pooled.mean()), float((pooled <= tolerance).mean()))
 
 
 def _directed_distances(

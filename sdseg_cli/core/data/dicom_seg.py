@@ -1,0 +1,85 @@
+"""Label volumes as DICOM Segmentation objects that refer to the slices they were made from."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdseg_cli import __version__
+from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
+from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import write_whole
+
+
+def require_highdicom() -> None:
+    """Raise a UsageError where the library that writes DICOM-SEG is not installed."""
+    if importlib.util.find_spec("highdicom") is None:
+        raise UsageError(
+            "--format dicom-seg needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or "
+            "choose --format nifti."
+        )
+
+
+def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes: Sequence[str]) -> None:
+    """Write labels as a binary DICOM-SEG with a segment for each foreground class, whole or not at all.
+
+    Args:
+        path: the file, ``.dcm``.
+        labels: uint8, (columns, rows, slices) as :func:`~sdseg_cli.core.data.dicom.read_series` orders them.
+        series: the slices the labels belong to; patient and study are taken from them.
+        classes: names, the background first.
+
+    Raises:
+        DataError: the slices lack what a segmentation must refer to.
+        OSError: the file cannot be written; nothing is left under its name.
+    """
+    require_highdicom()
+    import highdicom
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    frames = np.ascontiguousarray(labels.transpose(2, 1, 0))
+    masks = np.stack([frames == label for label in range(1, len(classes))], axis=-1)
+    segments = [
+        highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name,
+            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+            segmented_property_type=codes.SCT.Lesion,
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+                name="sdseg", version=__version__, family=codes.DCM.ArtificialIntelligence
+            ),
+        )
+        for number, name in enumerate(classes[1:], start=1)
+    ]
+    try:
+        document = highdicom.seg.Segmentation(
+            source_images=sorted_headers(series),
+            pixel_array=masks,
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            series_instance_uid=highdicom.UID(),
+            series_number=9000,
+            series_description=f"sdseg: {', '.join(classes[1:])}"[:64],
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="sdseg",
+            manufacturer_model_name="sdseg",
+            software_versions=__version__,
+            device_serial_number="none",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            omit_empty_frames=bool(masks.any()),
+        )
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{series.folder}: series {series.name!r} cannot be referred to by a DICOM-SEG ({error}). Choose "
+            "--format nifti."
+        ) from error
+    buffer = io.BytesIO()
+    document.save_as(buffer, enforce_file_format=True)
+    write_whole(path, buffer.getvalue())

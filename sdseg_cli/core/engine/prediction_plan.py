@@ -1,0 +1,366 @@
+"""Which files are predicted, and where every output goes; needs no torch and refuses what would overwrite.
+
+A mistake found here costs a second and not a night.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
+from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
+from sdseg_cli.core.data.volume_files import volume_suffix
+from sdseg_cli.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.data.dicom import DicomSeries
+
+MaskFormat = Literal["same", "nifti", "nrrd", "mha", "dicom-seg"]
+OVERLAYS, PROBABILITIES, UNCERTAINTY = "overlays", "probabilities", "uncertainty"
+LONGEST_NAME = 255  # bytes of one path component on every common file system
+_MASK_SUFFIXES: dict[str, str] = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}
+# A header apart from its voxels could be written by half, so such files give masks in one piece.
+_SAME_SUFFIXES = {".nii": ".nii", ".nii.gz": ".nii.gz", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}
+_SAME_SUFFIXES |= {".mha": ".mha", ".mhd": ".mha"}
+
+
+@dataclass(frozen=True)
+class PredictionTask:
+    """One image or volume and the files its prediction gives.
+
+    ``case_id`` is the path inside the given folder without its suffix (with it where two files differ in
+    nothing else); a DICOM series is named by its description. It names the outputs and, with the seed,
+    decides the noise. ``probabilities`` has no suffix yet: the number of classes decides between .png and
+    .npz for an image; those of a volume are NIfTI. ``path`` of a DICOM series is its folder.
+    """
+
+    case_id: str
+    path: Path
+    file: str
+    mask: Path
+    overlay: Path | None = None
+    probabilities: Path | None = None
+    uncertainty: Path | None = None
+    is_volume: bool = False
+    series: DicomSeries | None = None
+
+    @property
+    def probability_files(self) -> list[Path]:
+        """The files the probabilities can be in."""
+        return probability_files(self.probabilities, is_volume=self.is_volume)
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Every file that could be written, for both kinds of probability files."""
+        paths: list[Path | None] = [self.mask, self.overlay, self.uncertainty]
+        paths += self.probability_files
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was asked for is there already. Files get their name only when whole."""
+        single = (self.mask, self.overlay, self.uncertainty)
+        if not all(path is None or path.exists() for path in single):
+            return False
+        files = self.probability_files
+        return not files or any(path.exists() for path in files)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An input; ``relative`` to the folder it was found in, ``bare`` the same without suffix."""
+
+    path: Path
+    relative: Path
+    bare: Path
+    is_volume: bool = False
+    series: DicomSeries | None = None
+
+
+def _ignore_stray(path: Path, reason: str) -> None:
+    pass
+
+
+def plan_predictions(
+    scans: Sequence[Path],
+    out: Path,
+    *,
+    recursive: bool = False,
+    overlays: bool = False,
+    probabilities: bool = False,
+    uncertainty: bool = False,
+    mask_format: MaskFormat = "same",
+    on_stray: Callable[[Path, str], None] = _ignore_stray,
+) -> list[PredictionTask]:
+    """Find the images, volumes and DICOM series and give every output a name of its own.
+
+    Args:
+        scans: folders, or single files.
+        out: folder of the outputs; masks lie in it directly, the rest in subfolders.
+        recursive: also look into subfolders of the folders; they are kept in ``out``.
+        overlays, probabilities, uncertainty: which further files are wanted.
+        mask_format: of the masks of volumes; ``same`` is NIfTI for DICOM. Masks of images are PNG always.
+        on_stray: is told of files beside DICOM series that belong to none, with the reason.
+
+    Returns:
+        One task an image, volume or series, sorted by folder as given and name.
+
+    Raises:
+        UsageError: a path does not exist, nothing to predict is found, or an output would fall onto an
+            input or onto another output.
+    """
+    found = [one for scan in scans for one in _find(scan, out, recursive, on_stray)]
+    relatives = [one.relative for one in found]
+    twice = [str(relative) for relative, count in Counter(relatives).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"{len(twice)} images have the same name in several of the given folders (first: "
+            f"{readable(twice[0])}), so their masks would overwrite each other. Give the folder above them "
+            "with --recursive, or predict each folder into its own --out."
+        )
+    if mask_format == "dicom-seg":
+        _refuse_what_is_no_series(found)
+    tasks = []
+    for one, name in zip(found, _unique_names(found), strict=True):
+        folder = name.parent
+        extra = ".nii.gz" if one.is_volume else ".png"
+        numbers = folder / _fitting(name.name, extra)
+        tasks.append(
+            PredictionTask(
+                case_id=readable(name.as_posix()),
+                path=one.path,
+                file=readable(one.relative.as_posix()),
+                mask=out / folder / _fitting(name.name, _mask_suffix(one, mask_format)),
+                overlay=out / OVERLAYS / folder / _fitting(name.name, ".png") if overlays else None,
+                probabilities=(
+                    out / PROBABILITIES / numbers.with_name(numbers.name[: -len(extra)])
+                    if probabilities
+                    else None
+                ),
+                uncertainty=out / UNCERTAINTY / numbers if uncertainty else None,
+                is_volume=one.is_volume,
+                series=one.series,
+            )
+        )
+    _refuse_collisions(tasks)
+    return tasks
+
+
+def split_existing(tasks: Sequence[PredictionTask]) -> tuple[list[PredictionTask], list[PredictionTask]]:
+    """Separate the tasks into (to do, already done)."""
+    todo: list[PredictionTask] = []
+    done: list[PredictionTask] = []
+    for task in tasks:
+        (done if task.is_done else todo).append(task)
+    return todo, done
+
+
+def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:
+    """Refuse to overwrite; UsageError names the first file that is in the way, and how many there are."""
+    existing = [path for task in tasks for path in task.outputs if path.exists()]
+    if existing:
+        raise UsageError(
+            f"{len(existing)} of the files to be written exist already in {readable(out)} (first: "
+            f"{readable(existing[0].relative_to(out))}). Pass --skip-existing to predict only what is "
+            "missing, --overwrite to replace them, or another --out."
+        )
+
+
+def remove_outputs(tasks: Iterable[PredictionTask]) -> None:
+    """Remove what is to be replaced, all of it before the first new mask is written.
+
+    Otherwise an interrupted replacement leaves masks of two models side by side, and those of the old one
+    would count as done when it goes on.
+    """
+    for task in tasks:
+        for path in task.outputs:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                path.unlink()
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the output folder and see that it can be written to, before any model is loaded."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".sdseg-probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"the output folder {readable(out)} cannot be written to ({error.strerror or error}). "
+            "Choose another --out, or mend its permissions."
+        ) from error
+
+
+def readable(name: str | Path) -> str:
+    """A path as text that can always be printed and stored: undecodable bytes become backslash escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def probability_files(stem: Path | None, *, is_volume: bool = False) -> list[Path]:
+    """The files a case's probabilities can be in.
+
+    16-bit PNG for one class and .npz for several of an image; NIfTI for a volume.
+    """
+    if stem is None:
+        return []
+    suffixes = (".nii.gz",) if is_volume else (".png", ".npz")
+    return [stem.with_name(stem.name + suffix) for suffix in suffixes]
+
+
+def _find(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str], None]) -> Iterator[_Found]:
+    """Everything to be predicted in a folder, outputs of ours left out, or a single file."""
+    if scan.is_dir():
+        if scan.resolve() == out.resolve():
+            raise UsageError(
+                f"{readable(out)} is the folder of the images; masks in it would be taken for images the "
+                f"next time. Choose another --out, {readable(out / 'masks')} for instance."
+            )
+        inside = _found_in(scan, out, recursive, on_stray)
+        if not inside:
+            hint = "" if recursive else " directly in it; pass --recursive to look into its subfolders"
+            raise UsageError(
+                f"{readable(scan)}: no PNG, JPEG, TIFF or BMP image, no NIfTI, NRRD or MetaImage volume and "
+                f"no DICOM series was found{hint}. Check the folder."
+            )
+        yield from inside
+    elif scan.exists():  # by name, whatever its suffix: a file that is no image fails when it is read
+        if scan.suffix.lower() in DICOM_SUFFIXES:
+            series = _series_of([scan], on_stray)
+            yield from series
+            if series:
+                return
+        yield _found_file(scan, Path(scan.name))
+    else:
+        raise UsageError(f"{readable(scan)} does not exist. Give an image, a volume, or a folder of them.")
+
+
+def _found_in(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str], None]) -> list[_Found]:
+    files = [path for path in (scan.rglob("*") if recursive else scan.iterdir()) if path.is_file()]
+    files = [
+        path
+        for path in files
+        if not any(part.startswith(".") for part in path.relative_to(scan).parts)
+        and not (recursive and _is_inside(out, scan) and _is_inside(path, out))
+    ]
+    found: list[_Found] = []
+    others: dict[Path, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in IMAGE_SUFFIXES or volume_suffix(path):
+            found.append(_found_file(path, path.relative_to(scan)))
+        else:
+            others.setdefault(path.parent, []).append(path)
+    for folder, members in others.items():
+        for one in _series_of(members, on_stray):
+            place = folder.relative_to(scan) / one.relative
+            found.append(replace(one, relative=place, bare=place))
+    return sorted(found, key=lambda one: natural_key(one.relative.as_posix()))
+
+
+def _found_file(path: Path, relative: Path) -> _Found:
+    suffix = volume_suffix(path)
+    if suffix is None:
+        return _Found(path, relative, relative.with_suffix(""))
+    return _Found(path, relative, relative.with_name(relative.name[: -len(suffix)]), is_volume=True)
+
+
+def _series_of(files: Sequence[Path], on_stray: Callable[[Path, str], None]) -> list[_Found]:
+    from sdseg_cli.core.data.dicom import find_series
+
+    found = find_series(files)
+    for path, reason in found.strays:
+        on_stray(path, reason)
+    return [
+        _Found(series.folder, Path(series.name), Path(series.name), is_volume=True, series=series)
+        for series in found.series
+    ]
+
+
+def _mask_suffix(one: _Found, mask_format: MaskFormat) -> str:
+    if not one.is_volume:
+        return ".png"
+    if mask_format != "same":
+        return _MASK_SUFFIXES[mask_format]
+    return ".nii.gz" if one.series is not None else _SAME_SUFFIXES[volume_suffix(one.path) or ".nii.gz"]
+
+
+def _refuse_what_is_no_series(found: Sequence[_Found]) -> None:
+    from sdseg_cli.core.data.dicom_seg import require_highdicom
+
+    require_highdicom()
+    others = [one.relative for one in found if one.is_volume and one.series is None]
+    if others:
+        raise UsageError(
+            f"--format dicom-seg needs DICOM series, and {len(others)} of the volumes are none (first: "
+            f"{readable(others[0])}). Predict them on their own, with --format same."
+        )
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _unique_names(found: Sequence[_Found]) -> list[Path]:
+    """Names without suffix; where several inputs would share one, each of them keeps its suffix."""
+    names = [one.bare for one in found]
+    while True:
+        counts = Counter(names)
+        kept = [one.relative if counts[name] > 1 else name for name, one in zip(names, found, strict=True)]
+        if kept == names:
+            return names
+        names = kept
+
+
+def _fitting(name: str, suffix: str) -> str:
+    """Shorten a file name that the suffix made too long; a hash of the whole keeps it unique."""
+    encoded = os.fsencode(name + suffix)
+    if len(encoded) <= LONGEST_NAME:
+        return name + suffix
+    mark = "~" + hashlib.sha256(encoded).hexdigest()[:12]
+    # Dropping a character cut in the middle: a broken one could not be printed.
+    head = encoded[: LONGEST_NAME - len(mark) - len(suffix)].decode("utf-8", "ignore")
+    return f"{head}{mark}{suffix}"
+
+
+def _refuse_collisions(tasks: Sequence[PredictionTask]) -> None:
+    resolved = _Resolver()
+    inputs = {resolved(path): path for task in tasks for path in _inputs_of(task)}
+    writer: dict[Path, str] = {}
+    for task in tasks:
+        for path in task.outputs:
+            if resolved(path) in inputs:
+                raise UsageError(
+                    f"the mask of {task.file} would be written onto the input {readable(path)}. "
+                    "Choose an --out that is not the folder of the images."
+                )
+            other = writer.setdefault(path, task.file)
+            if other != task.file:
+                raise UsageError(
+                    f"{readable(path)} would be written for both {other} and {task.file}: the folder names "
+                    f"{OVERLAYS}, {PROBABILITIES} and {UNCERTAINTY} are used for the extra outputs. Rename "
+                    "that folder of images, or predict it on its own."
+                )
+
+
+def _inputs_of(task: PredictionTask) -> tuple[Path, ...]:
+    return (task.path,) if task.series is None else task.series.files
+
+
+class _Resolver:
+    """Resolves the folder of a path, each folder once: with thousands of files that is what takes time."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> tuple[Path, str]:
+        folder = self._folders.get(path.parent)
+        if folder is None:
+            folder = self._folders[path.parent] = path.parent.resolve()
+        return folder, path.name

@@ -1,0 +1,82 @@
+"""Volumes against volumes: three-dimensional distances in mm, and masks that lie elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdseg_cli.core.data.volumes import VolumeGeometry, write_label_volume
+from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, evaluate_folders, pair_folders
+from sdseg_cli.core.metrics.surface import surface_scores
+
+CLASSES = ("background", "organ")
+AFFINE = np.diag([0.5, 0.5, 4.0, 1.0])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("predictions", "truth"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "predictions", tmp_path / "truth"
+
+
+def save(path: Path, labels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    write_label_volume(path, labels, VolumeGeometry(labels.shape, affine))
+
+
+def cube(shift: int = 0) -> np.ndarray:
+    labels = np.zeros((12, 10, 8), np.uint8)
+    labels[3:8, 3:7, 2 + shift : 5 + shift] = 1
+    return labels
+
+
+def score(folders: tuple[Path, Path], **options) -> list[CaseScores | FailedCase]:
+    return list(evaluate_folders(pair_folders(*folders), CLASSES, **options))
+
+
+def test_volumes_of_two_formats_are_measured_in_mm_along_all_axes(folders):
+    save(folders[0] / "a.nii.gz", cube(shift=1))
+    save(folders[1] / "a.mha", cube())
+    (record,) = score(folders)
+    (entry,) = record.classes
+    assert (record.unit, record.slices) == ("mm", 8)
+    assert entry.dice == pytest.approx(2 / 3)
+    assert entry.hd95 == pytest.approx(4.0)  # one slice of 4 mm
+    expected = surface_scores(cube(1) == 1, cube() == 1, (0.5, 0.5, 4.0))
+    assert (entry.assd, entry.nsd) == (expected.assd, expected.nsd)
+    assert 0 < entry.nsd < 1
+    (wide,) = score(folders, nsd_tolerance=4.0)
+    assert wide.classes[0].nsd == 1
+
+
+def test_a_volume_elsewhere_fails_with_both_geometries_unless_it_is_resampled(folders):
+    turned = np.diag([-0.5, 0.5, 4.0, 1.0])
+    turned[0, 3] = 0.5 * 11
+    save(folders[0] / "a.nii.gz", cube()[::-1], turned)
+    save(folders[1] / "a.nii.gz", cube())
+    save(folders[0] / "b.nrrd", cube())
+    save(folders[1] / "b.nii", cube())
+    failed, done = score(folders)
+    assert isinstance(failed, FailedCase)
+    assert failed.error.count("12 x 10 x 8 voxels of 0.5 x 0.5 x 4 mm") == 2
+    assert "--resample" in failed.error
+    assert "180, 0, 0 degrees" in failed.error
+    assert done.dice == 1
+    resampled, _ = score(folders, resample=True)
+    assert resampled.dice == 1
+    assert resampled.classes[0].hd95 == 0
+
+
+def test_nsd_agrees_with_monai_and_says_0_for_a_missed_structure():
+    import torch
+    from monai.metrics import compute_surface_dice
+
+    a, b = cube(1), cube()
+    ours = surface_scores(a == 1, b == 1, (0.5, 0.5, 4.0), tolerance=1.0).nsd
+    one_hot = [torch.from_numpy(np.stack([x == 0, x == 1])[None]) for x in (a, b)]
+    theirs = compute_surface_dice(*one_hot, class_thresholds=[1.0], spacing=[0.5, 0.5, 4.0])
+    assert ours == pytest.approx(float(theirs), abs=1e-6)
+    assert surface_scores(a == 1, b == 2).nsd == 0
+    assert np.isnan(surface_scores(a == 3, b == 3).nsd)

@@ -1,0 +1,227 @@
+"""Prediction of volumes: the mask lies where the scan lies. The predictor is a rule."""
+
+from __future__ import annotations
+
+import csv
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
+from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, write_summary
+from sdseg_cli.core.engine.volume_prediction import VolumeSettings
+from sdseg_cli.core.errors import ModelError, UsageError
+
+SHAPE = (12, 10, 8)
+AFFINE = np.array([[0.5, 0.1, 0, -30], [-0.1, 0.5, 0.2, 12.5], [0, -0.05, 2.0, 7], [0, 0, 0, 1.0]])
+AFFINE[:3, :3] = np.linalg.qr(AFFINE[:3, :3])[0] @ np.diag([0.5, 0.6, 2.0])
+
+
+class BrightIsForeground:
+    """Calls bright pixels foreground; ``seen`` are the case ids and slice indices."""
+
+    resize, classes, num_classes, image_size = "squeeze", ("background", "lesion"), 2, 12
+
+    def __init__(self, **training_data: object) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.pipeline = SimpleNamespace(config=SimpleNamespace(training_data=training_data))
+
+    def __call__(self, inputs: Iterable) -> Iterator[SimpleNamespace]:
+        for one in inputs:
+            self.seen.append((one.case_id, one.slice_index))
+            level = one.grid.probabilities_to_case(one.image[..., 0].astype(np.float32)[None] / 255)[0]
+            yield SimpleNamespace(
+                case_id=one.case_id,
+                slice_index=one.slice_index,
+                label_map=(level > 0.5).astype(np.uint8),
+                probabilities=np.stack([1 - level, level]),
+                uncertainty=np.full(level.shape, 0.25, np.float32),
+            )
+
+
+def scan(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    voxels = np.full(shape, -100, np.int16)
+    voxels[2:6, 3:7, 1:4] = 200
+    voxels[8:11, 1:4, 6:] = 200
+    return voxels
+
+
+def save(path: Path, voxels: np.ndarray | None = None) -> Path:
+    voxels = scan() if voxels is None else voxels
+    if path.name.endswith((".nii", ".nii.gz")):
+        nibabel.save(nibabel.Nifti1Image(voxels, AFFINE), path)
+    else:
+        image = sitk.GetImageFromArray(voxels.transpose(2, 1, 0))
+        flip = np.array([-1, -1, 1])
+        image.SetOrigin([float(v) for v in flip * AFFINE[:3, 3]])
+        spacing = np.linalg.norm(AFFINE[:3, :3], axis=0)
+        image.SetSpacing([float(v) for v in spacing])
+        image.SetDirection([float(v) for v in (flip[:, None] * AFFINE[:3, :3] / spacing).ravel()])
+        sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    (tmp_path / "scans").mkdir()
+    return tmp_path / "scans"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "masks"
+
+
+def run(scans: Path, out: Path, predictor: BrightIsForeground | None = None, **options: object) -> list:
+    out.mkdir(exist_ok=True)
+    settings = options.pop("settings", VolumeSettings(window=(-175, 250)))
+    tasks = plan_predictions([scans], out, **options)  # type: ignore[arg-type]
+    return list(predict_files(tasks, predictor or BrightIsForeground(), volumes=settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize(
+    ("name", "mask"), [("a.nii.gz", "a.nii.gz"), ("a.nii", "a.nii"), ("a.nrrd", "a.nrrd"), ("a.mhd", "a.mha")]
+)
+def test_a_mask_lies_on_its_volume_in_the_same_format(scans, out, axis, name, mask):
+    save(scans / name)
+    (record,) = run(scans, out, settings=VolumeSettings((-175, 250), axis))
+    assert record.status == "done", record.error
+    volume = read_label_volume(out / mask, num_classes=2)
+    np.testing.assert_allclose(volume.geometry.affine, AFFINE, atol=1e-5)
+    # The slice that is squeezed to the model's square and back may blur an edge by a voxel.
+    truth = scan() > 0
+    assert 2 * (truth & (volume.voxels == 1)).sum() / (truth.sum() + volume.voxels.sum()) > 0.8
+    assert volume.voxels[3:5, 4:6, 2].all()
+
+
+def test_records_hold_millilitres_components_and_slices(scans, out):
+    save(scans / "a.nii")
+    (record,) = run(scans, out)
+    assert (record.slices, record.height, record.width) == (8, 10, 12)
+    labels = read_label_volume(out / "a.nii").voxels
+    assert record.areas_px == {"lesion": int(labels.sum())}
+    assert record.volumes_ml["lesion"] == pytest.approx(labels.sum() * 0.5 * 0.6 * 2.0 / 1000)
+    assert record.components == {"lesion": 2}
+    tasks = plan_predictions([scans], out)
+    write_summary(out / "summary.csv", tasks, [record], ("background", "lesion"))
+    (row,) = csv.DictReader((out / "summary.csv").open())
+    assert (row["slices"], row["lesion_components"]) == ("8", "2")
+
+
+def test_slices_are_named_by_their_index_whatever_the_number_of_volumes(scans, out):
+    for name in ("a.nii", "b.nrrd"):
+        save(scans / name)
+    predictor = BrightIsForeground()
+    run(scans, out, predictor)
+    assert predictor.seen == [(case, index) for case in ("a", "b") for index in range(8)]
+
+
+def test_images_volumes_and_series_are_mixed_and_a_bad_one_fails_by_name(scans, out):
+    from PIL import Image
+
+    Image.fromarray(np.full((9, 9, 3), 250, np.uint8)).save(scans / "p.png")
+    save(scans / "good.nii.gz")
+    whole = save(scans / "cut.nii.gz").read_bytes()
+    (scans / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    save(scans / "nan.nii", np.full(SHAPE, np.nan, np.float32))
+    save(scans / "z.mha")
+    records = {record.file: record for record in run(scans, out)}
+    assert {name: record.status for name, record in records.items()} == {
+        "p.png": "done", "good.nii.gz": "done", "cut.nii.gz": "failed", "nan.nii": "failed", "z.mha": "done",
+    }  # fmt: skip
+    assert "NaN" in records["nan.nii"].error
+    assert sorted(path.name for path in out.iterdir()) == ["good.nii.gz", "p.png", "z.mha"]
+
+
+def test_probabilities_and_uncertainty_are_float_volumes_and_the_overlay_a_sheet(scans, out):
+    save(scans / "a.nrrd")
+    run(scans, out, probabilities=True, uncertainty=True, overlays=True)
+    probability = nibabel.load(out / "probabilities" / "a.nii.gz")
+    labels = read_label_volume(out / "a.nrrd").voxels
+    assert np.array_equal(probability.get_fdata() > 0.5, labels == 1)
+    np.testing.assert_allclose(probability.affine, AFFINE, atol=1e-5)
+    assert np.allclose(nibabel.load(out / "uncertainty" / "a.nii.gz").get_fdata(), 0.25)
+    assert (out / "overlays" / "a.png").stat().st_size > 1000
+
+
+def test_window_and_axis_come_from_the_model_unless_they_are_stated(scans, out):
+    save(scans / "a.nii")
+    (record,) = run(scans, out, BrightIsForeground(window=[-175, 250], axis="coronal"), settings=None)
+    assert record.slices == 10
+    assert record.notes == ()
+    (record,) = run(scans, out, settings=None)
+    assert "0.5 to 99.5 percentile was taken [-100, 200]" in record.notes[0]
+    assert VolumeSettings((0, 1), "axial").completed(BrightIsForeground(window=[5, 6])).window == (0, 1)
+    with pytest.raises(ModelError, match="diagonal"):
+        VolumeSettings().completed(BrightIsForeground(axis="diagonal"))
+
+
+def test_a_format_can_be_chosen_and_dicom_seg_needs_dicom(scans, out):
+    save(scans / "a.mha")
+    run(scans, out, mask_format="nifti")
+    assert (out / "a.nii.gz").exists()
+    with pytest.raises(UsageError, match="needs DICOM series"):
+        plan_predictions([scans], out, mask_format="dicom-seg")
+
+
+def test_names_that_differ_only_in_their_suffix_keep_it(scans, out):
+    save(scans / "a.nii.gz")
+    save(scans / "a.nii")
+    run(scans, out)
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz.nii.gz", "a.nii.nii"]
+
+
+def test_series_of_a_folder_give_a_mask_each_and_strays_are_told(scans, out):
+    pydicom = pytest.importorskip("pydicom")
+    for letter, slices in (("A", 3), ("B", 2)):
+        image = sitk.GetImageFromArray(np.full((slices, 6, 7), 300, np.int16))
+        for k in range(slices):
+            path = scans / f"{letter}{k}.dcm"
+            sitk.WriteImage(image[:, :, k : k + 1], str(path))
+            data = pydicom.dcmread(path)
+            data.SeriesInstanceUID, data.SeriesDescription = f"1.2.{ord(letter)}", f"Series {letter}"
+            data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 3.0 * k], [1, 0, 0, 0, 1, 0]
+            data.save_as(path)
+    (scans / "notes.txt").write_text("x")
+    strays = []
+    tasks = plan_predictions([scans], out, on_stray=lambda path, reason: strays.append(path.name))
+    assert [task.case_id for task in tasks] == ["Series_A", "Series_B"]
+    assert strays == ["notes.txt"]
+    out.mkdir()
+    records = list(predict_files(tasks, BrightIsForeground(), volumes=VolumeSettings((0, 100))))
+    assert [record.slices for record in records] == [3, 2], records
+    assert read_label_volume(out / "Series_A.nii.gz").geometry.shape == (7, 6, 3)
+
+
+def test_memory_grows_no_faster_than_the_voxels_of_a_volume(scans, out):
+    def peak(length: int) -> int:
+        path = scans / "a.nii"
+        voxels = np.zeros((64, 64, length), np.int16)
+        voxels[10:20, 10:20] = 500
+        save(path, voxels)
+        del voxels
+        tracemalloc.start()
+        run(scans, out)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    peak(10)  # what is imported once
+    short, long = peak(100), peak(300)
+    grown = 64 * 64 * 200
+    # Two bytes a voxel of the scan, one of the mask and its copies while it is counted and written.
+    assert long - short < grown * 8
+
+
+def test_a_written_mask_keeps_the_geometry_of_another_writer(tmp_path):
+    geometry = VolumeGeometry(SHAPE, AFFINE)
+    write_label_volume(tmp_path / "m.mha", np.ones(SHAPE, np.uint8), geometry)
+    image = sitk.ReadImage(str(tmp_path / "m.mha"))
+    assert image.GetSpacing() == pytest.approx(geometry.spacing_mm, abs=1e-9)
