@@ -44,6 +44,7 @@ class BrightIsForeground:
                 probabilities=np.stack([1 - level, level]),
                 uncertainty=np.zeros_like(level),
                 samples=None,
+                overlaps=None,
             )
 
 

@@ -17,11 +17,12 @@ from sdseg_cli.core.engine.evaluation import (
     evaluate_folders,
     evaluate_split,
     evaluation_table,
-    keep_worst_pictures,
+    keep_pictures,
     pair_folders,
     summarise_cases,
     worst_cases,
 )
+from sdseg_cli.core.engine.inference import SlicePrediction
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.reporting.tables import to_csv
@@ -69,7 +70,10 @@ class Predictor:
             for item in batch:
                 self.seen.append(item.case_id)
                 answer = self.answers[item.case_id, item.slice_index]
-                yield SimpleNamespace(case_id=item.case_id, slice_index=item.slice_index, label_map=answer)
+                probabilities = np.stack([1.0 - (answer == 1), answer == 1]).astype(np.float32)
+                yield SlicePrediction(
+                    item.case_id, item.slice_index, answer, probabilities, np.full(answer.shape, np.nan), None
+                )
 
 
 def evaluated(slices, answers, classes=BINARY, **options):
@@ -174,18 +178,20 @@ def test_rows_hold_one_line_per_case_and_class_and_name_the_outcome():
     text = to_csv(case_rows(records), CASE_COLUMNS)
     header, liver, kidney = text.splitlines()
     assert header.startswith("case,group,slices,class,dice,iou,precision,recall,hd95,assd,distance_unit")
-    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,px,4,4,4,scored"
-    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,px,4,0,0,missed"
+    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,px,4,4,4,scored,"
+    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,px,4,0,0,missed,"
 
 
 def test_only_the_worst_cases_keep_their_pictures():
     slices = [slice_of(name, SQUARE) for name in "abcd"]
     answers = {("a", 0): SQUARE, ("b", 0): EMPTY, ("c", 0): SHIFTED, ("d", 0): SQUARE}
-    records = keep_worst_pictures(evaluated(slices, answers), 2)
+    records = keep_pictures(evaluated(slices, answers), 2, worst=0, best=0)
     assert [record.picture is not None for record in records] == [False, True, True, False]
     assert [record.case_id for record in worst_cases(records, 2)] == ["b", "c"]
     assert [record.case_id for record in worst_cases(records, 1)] == ["b"]
-    assert all(record.picture is None for record in keep_worst_pictures(evaluated(slices, answers), 0))
+    assert all(
+        record.picture is None for record in keep_pictures(evaluated(slices, answers), 0, worst=0, best=0)
+    )
 
 
 @pytest.mark.faults

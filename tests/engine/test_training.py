@@ -123,6 +123,10 @@ EFFECTS: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"objective.num_train_timesteps": 50}, "sampling.num_inference_steps", 3, PICTURE),
     ({}, "sampling.num_samples", 3, PICTURE),
     ({}, "sampling.threshold", 0.01, PICTURE),
+    ({}, "sampling.flips", ["horizontal"], PICTURE),
+    ({}, "sampling.flips", ["vertical"], PICTURE),
+    ({}, "sampling.flips", ["horizontal", "vertical"], PICTURE),
+    ({}, "sampling.largest_component", True, PICTURE),
 ]
 TESTED_BY_NAME = {
     "data.image_size": "test_the_size_of_the_images_changes_what_is_learnt",

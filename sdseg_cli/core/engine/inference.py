@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.errors import OutOfMemoryError, UsageError
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.pipeline import SDSegPipeline
@@ -43,6 +44,8 @@ class SlicePrediction:
         probabilities: float32, (K, H, W), mean over the samples.
         uncertainty: float32, (H, W), standard deviation over the samples; NaN for a single one.
         samples: float32, (N, K, H, W), or None.
+        overlaps: int64, (K - 1, N, N), pixels that the masks of two samples share; of all slices of a case
+            added up, :func:`~sdseg_cli.core.metrics.overlap.predicted_dice` makes the case's score of them.
     """
 
     case_id: str
@@ -51,6 +54,7 @@ class SlicePrediction:
     probabilities: np.ndarray
     uncertainty: np.ndarray
     samples: np.ndarray | None
+    overlaps: np.ndarray | None = None
 
 
 class Predictor:
@@ -66,6 +70,9 @@ class Predictor:
         threshold: for binary masks.
         grid: ``case`` for predictions on each slice's own grid, ``model`` for the square one.
         return_samples: keep every draw's probabilities.
+        flips: ``horizontal``, ``vertical`` or both: mirrored images are predicted too, as further draws.
+        largest_component: keep the largest connected component of every class of the label map, slice by
+            slice; probabilities, uncertainty and draws stay as they are.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
     """
 
@@ -81,6 +88,8 @@ class Predictor:
         threshold: float = 0.5,
         grid: Literal["case", "model"] = "case",
         return_samples: bool = False,
+        flips: Sequence[str] = (),
+        largest_component: bool = False,
         precision: str = "fp32",
     ) -> None:
         self.pipeline = pipeline
@@ -92,6 +101,8 @@ class Predictor:
         self.threshold = threshold
         self.grid = grid
         self.return_samples = return_samples
+        self.flips = tuple(flips)
+        self.largest_component = largest_component
         self.precision = precision
 
     @property
@@ -163,18 +174,23 @@ class Predictor:
                 threshold=self.threshold,
                 grids=[on_model if self.grid == "model" else item.grid for item in batch],
                 return_samples=self.return_samples,
+                flips=self.flips,
             )
         return [
             SlicePrediction(
                 case_id=item.case_id,
                 slice_index=item.slice_index,
-                label_map=output.label_maps[i],
+                label_map=self._cleaned(output.label_maps[i]),
                 probabilities=output.probabilities[i],
                 uncertainty=output.uncertainty[i],
                 samples=output.samples[i] if output.samples is not None else None,
+                overlaps=output.overlaps[i],
             )
             for i, item in enumerate(batch)
         ]
+
+    def _cleaned(self, label_map: np.ndarray) -> np.ndarray:
+        return keep_largest_components(label_map) if self.largest_component else label_map
 
     def _autocast(self) -> AbstractContextManager:
         dtype = _PRECISIONS[self.precision]

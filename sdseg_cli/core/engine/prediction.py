@@ -12,6 +12,7 @@ import csv
 import errno
 import hashlib
 import io
+import math
 import os
 import time
 from collections import Counter, deque
@@ -34,6 +35,7 @@ from sdseg_cli.core.data.images import (
 from sdseg_cli.core.errors import DataError, SdsegError, UsageError
 from sdseg_cli.core.files import write_whole
 from sdseg_cli.core.grid import Grid
+from sdseg_cli.core.metrics.overlap import predicted_dice
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
@@ -88,7 +90,8 @@ class CasePrediction:
 
     ``width`` and ``height`` are those of the upright image in pixels, ``areas_px`` the pixels of every
     foreground class, ``mean_uncertainty`` the mean over the image of the standard deviation between
-    samples (None with one sample), ``seconds`` the wall-clock time since the record before.
+    samples and ``predicted_dice`` how far the masks of the samples agree (both None with one sample; the
+    latter also where no sample found anything), ``seconds`` the wall-clock time since the record before.
     """
 
     case_id: str
@@ -98,6 +101,7 @@ class CasePrediction:
     height: int | None = None
     areas_px: Mapping[str, int] = field(default_factory=dict)
     mean_uncertainty: float | None = None
+    predicted_dice: float | None = None
     seconds: float = 0.0
     error: str = ""
     notes: tuple[str, ...] = ()
@@ -527,8 +531,14 @@ def _record(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]
         height=height,
         areas_px={name: int(counts[index]) for index, name in enumerate(classes) if index > 0},
         mean_uncertainty=float(prediction.uncertainty.mean()) if asked else None,
+        predicted_dice=_agreement(prediction.overlaps),
         notes=case.notes,
     )
+
+
+def _agreement(overlaps: np.ndarray | None) -> float | None:
+    value = math.nan if overlaps is None else predicted_dice(overlaps)
+    return None if math.isnan(value) else value
 
 
 def _failed(task: PredictionTask, error: str) -> CasePrediction:
@@ -575,6 +585,7 @@ def _row(record: CasePrediction, classes: Sequence[str]) -> dict[str, str]:
         row[f"{name}_fraction"] = "" if area is None or not size else f"{area / size:.6f}"
     uncertainty = record.mean_uncertainty
     row["mean_uncertainty"] = "" if uncertainty is None else f"{uncertainty:.6f}"
+    row["predicted_dice"] = "" if record.predicted_dice is None else f"{record.predicted_dice:.6f}"
     row["status"] = record.status
     row["seconds"] = f"{record.seconds:.3f}"
     row["notes"] = "; ".join(record.notes)

@@ -51,7 +51,7 @@ def validate(
         pipeline: the networks as they are now, in evaluation mode.
         split: what to predict.
         processes: cases are shared among them.
-        sampling: steps, samples and threshold.
+        sampling: steps, samples, threshold, flips and largest component.
         seed: names the noise.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         limit: score only the first cases; 0 for all.
@@ -72,6 +72,8 @@ def validate(
         num_inference_steps=sampling.num_inference_steps,
         num_samples=sampling.num_samples,
         threshold=sampling.threshold,
+        flips=sampling.flips,
+        largest_component=sampling.largest_component,
         grid="model",
         precision=precision,
     )
