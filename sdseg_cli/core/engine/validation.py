@@ -29,9 +29,11 @@ class Validation:
     dice_per_class: dict[str, float]
     pictures: list[tuple] = field(default_factory=list)
 
-    def write_picture(self, path: Path) -> None:
-        """Write the grid of image, ground truth, prediction and probability."""
-        write_png(path, prediction_grid(self.pictures))
+    def write_picture(self, path: Path) -> np.ndarray:
+        """Write the grid of image, ground truth, prediction and probability; returns it, uint8 (H, W, 3)."""
+        picture = prediction_grid(self.pictures)
+        write_png(path, picture)
+        return picture
 
 
 def validate(
