@@ -57,8 +57,7 @@ FACTS = {
     "device": "Device",
     "processes": "Processes",
     "missing_scored_as_empty": "Missing, scored as empty",
-    "convention_meaning": "Empty masks",
-    "distance_meaning": "Distances",
+    "convention": "Convention for empty masks",
     "versions": "Versions",
     "written": "Written",
 }
@@ -181,9 +180,8 @@ def _figures(
     ]
     predicted = [record.predicted_dice for record in scores if math.isfinite(record.predicted_dice)]
     if predicted:
-        figures.append(
-            Figure("Predicted Dice", decimals(float(np.mean(predicted))), "how far the draws agree, mean")
-        )
+        detail = f"how far the draws agree; off by {decimals(_prediction_error(scores))} on average"
+        figures.append(Figure("Predicted Dice", decimals(float(np.mean(predicted))), detail))
     if reliable is not None:
         foreground = expected_calibration_error(reliable.sum(axis=0), least=0.5)
         figures.append(
@@ -195,6 +193,13 @@ def _figures(
             )
         )
     return tuple(figures)
+
+
+def _prediction_error(scores: Sequence[CaseScores]) -> float:
+    """Mean distance of predicted and true Dice over the cases that have both; NaN without any."""
+    errors = [abs(record.predicted_dice - record.dice) for record in scores]
+    known = [error for error in errors if math.isfinite(error)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _interval(values: Summary) -> str:
@@ -255,7 +260,7 @@ def _gallery_note(scores: Sequence[CaseScores]) -> str:
     chosen = [record for _, record in chosen_cases(scores) if record.stack]
     text = (
         f"The {WORST} worst cases, {MIDDLE} around the median and the {BEST} best by Dice"
-        if len(chosen) > len(("worst", "middle")) and len(scores) > len(chosen)
+        if len(scores) > len(chosen) == WORST + MIDDLE + BEST
         else "All cases, the worst first"
     )
     if any(record.slices > 1 for record in chosen):
@@ -320,7 +325,6 @@ def _doubt_chart(scores: Sequence[CaseScores]) -> Chart | None:
     if len(known) < 4:
         return None
     predicted, true = [r.predicted_dice for r in known], [r.dice for r in known]
-    error = float(np.mean(np.abs(np.subtract(predicted, true))))
     shown = np.linspace(0, len(known) - 1, min(len(known), MOST_SCATTERED)).astype(int)
     drawing = line_chart(
         [Series("cases", [predicted[i] for i in shown], [true[i] for i in shown], marks=True, line=False)],
@@ -334,7 +338,7 @@ def _doubt_chart(scores: Sequence[CaseScores]) -> Chart | None:
     return Chart(
         "Does it know when it is wrong?",
         f"A dot is a case. Rank correlation (Spearman) {decimals(rank)}; the prediction is off by "
-        f"{decimals(error)} on average.{note}",
+        f"{decimals(_prediction_error(scores))} on average.{note}",
         drawing,
     )
 

@@ -124,7 +124,9 @@ def _text(value: Any) -> str:
     if value is None or value in ("", [], {}):
         return ""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(each)}" for name, each in value.items() if _text(each))
+        return ", ".join(
+            f"{name.replace('_', ' ')} {_text(each)}" for name, each in value.items() if _text(each)
+        )
     if isinstance(value, list | tuple):
         return ", ".join(_text(each) for each in value)
     return str(value)
