@@ -41,6 +41,7 @@ class FakePrediction:
     probabilities: np.ndarray
     uncertainty: np.ndarray
     samples: None = None
+    overlaps: None = None
 
 
 class RedIsForeground:
