@@ -110,7 +110,17 @@ def test_scores_go_into_the_run_and_are_not_replaced_unasked(place, capsys):
 
 def test_several_draws_predict_the_dice_and_the_page_shows_calibration_and_doubt(place, tmp_path, capsys):
     out = tmp_path / "scores"
-    options = ("--samples", 2, "--flips", "horizontal", "--largest-component", "--device", "cpu")
+    options = (
+        "--threshold",
+        0.0,
+        "--samples",
+        2,
+        "--flips",
+        "horizontal",
+        "--largest-component",
+        "--device",
+        "cpu",
+    )
     assert sdseg("evaluate", "--split", "train", "--out", out, "--overlays", 1, *options) == 0
     assert "report.html" in capsys.readouterr().err
     predicted = [float(row["predicted_dice"]) for row in rows(out / "cases.csv") if row["predicted_dice"]]
