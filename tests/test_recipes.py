@@ -241,7 +241,7 @@ def test_an_unknown_key_without_a_neighbour_lists_the_keys_there_are():
     (found,) = mistakes(MINIMAL + "sampling: {eta: 0}\n")
     assert found == (
         "my.yaml:4: sampling.eta is not a key. The keys of sampling are num_inference_steps, num_samples, "
-        "threshold."
+        "threshold, flips, largest_component."
     )
 
 
@@ -461,6 +461,11 @@ def test_the_constructor_refuses_what_a_file_may_not_say():
         ({"train__steps": 100}, "10000 is more than steps 100"),
         ({"train__gradient_accumulation": 3}, "4 images cannot be split into 3 equal parts"),
         ({"train__trackers": ["tensorboard", "tensorboard"]}, "a tracker is given twice"),
+        ({"sampling__flips": ["vertical", "vertical"]}, "a flip is given twice"),
+        (
+            {"sampling__flips": ["horizontal"], "data__augmentation": {"horizontal_flip": 0}},
+            "horizontal with horizontal_flip: 0: the network never saw an image mirrored so",
+        ),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(values, message):
@@ -479,6 +484,7 @@ def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(values, me
         },
         {"model__unet_attention_strides": [], "model__unet_heads": 7},
         {"sampling__num_inference_steps": 10, "sampling__num_samples": 3},
+        {"sampling__flips": ["horizontal", "vertical"], "sampling__largest_component": True},
     ],
 )
 def test_sensible_combinations_are_accepted(values):

@@ -17,6 +17,7 @@ from sdseg_cli.core.seeding import derive_seed
 
 SUMMARY_FILE = "summary.json"  # also the mark by which a folder of results is known as ours
 CASES_FILE = "cases.csv"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,26 @@ class Model:
         """
         chosen = dict(given)
         if self.recipe is not None:
-            counts = ("num_inference_steps", "num_samples")
+            counts = ("num_inference_steps", "num_samples", "flips")
             self.recipe.replace({f"sampling.{name}": given[name] for name in counts if given.get(name)})
             for name, value in chosen.items():
                 if value is None and hasattr(self.recipe.sampling, name):
                     chosen[name] = getattr(self.recipe.sampling, name)
-        return {name: value for name, value in chosen.items() if value is not None}
+        if chosen.get("flips"):
+            chosen["flips"] = list(chosen["flips"])  # as JSON gives them back
+        # No flips and no choice of components are what a predictor does anyway.
+        return {
+            name: value
+            for name, value in chosen.items()
+            if value is not None and value is not False and value not in ((), [])
+        }
+
+    def recipe_text(self) -> str:
+        """The recipe the model was trained by, as YAML; empty where it is not known."""
+        run = self.reference.run
+        return (
+            run.recipe_file.read_text(encoding="utf-8") if run is not None and self.recipe is not None else ""
+        )
 
     def evidence(self) -> dict[str, Any]:
         """What the report records about the model."""

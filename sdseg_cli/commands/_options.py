@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from sdseg_cli.core.errors import UsageError
+
 
 class Split(StrEnum):
     """Named list of cases of a prepared dataset."""
@@ -43,6 +45,20 @@ class Convention(StrEnum):
 
     standard = "standard"
     sdseg = "sdseg"
+
+
+def flip_words(flips: str | None) -> list[str] | None:
+    """Read ``--flips``: the words by commas, none of them for ``none``; None where it was not given.
+
+    Raises:
+        UsageError: a word is unknown or given twice.
+    """
+    if flips is None:
+        return None
+    words = [] if flips.strip() == "none" else [word.strip() for word in flips.split(",")]
+    if not {*words} <= {"horizontal", "vertical"} or len({*words}) < len(words):
+        raise UsageError(f"--flips {flips!r}: expected horizontal, vertical, horizontal,vertical or none.")
+    return words
 
 
 class ScoreGrid(StrEnum):
@@ -134,6 +150,23 @@ ThresholdOption = Annotated[
         min=0.0,
         max=1.0,
         help="Probability above which a pixel is foreground. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+FlipsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--flips",
+        metavar="horizontal,vertical",
+        help="Also predict mirrored images and average: one or both, or 'none'. Default: the recipe's.",
+        show_default=False,
+    ),
+]
+LargestComponentOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--largest-component/--all-components",
+        help="Keep the largest piece of every class, or all. Default: the recipe's.",
         show_default=False,
     ),
 ]

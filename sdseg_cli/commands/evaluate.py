@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from sdseg_cli import console
 from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import (
     CASES_FILE,
+    REPORT_FILE,
     SUMMARY_FILE,
     Model,
     dataset_evidence,
@@ -29,8 +30,10 @@ from sdseg_cli.commands._options import (
     DecoderOption,
     Device,
     DeviceOption,
+    FlipsOption,
     GridOption,
     JsonOption,
+    LargestComponentOption,
     OutOption,
     OverwriteOption,
     Precision,
@@ -43,6 +46,7 @@ from sdseg_cli.commands._options import (
     StepsOption,
     ThresholdOption,
     complete_run,
+    flip_words,
 )
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.errors import DataError, UsageError
@@ -119,6 +123,8 @@ def evaluate(
     steps: StepsOption = None,
     samples: SamplesOption = None,
     threshold: ThresholdOption = None,
+    flips: FlipsOption = None,
+    largest_component: LargestComponentOption = None,
     batch_size: BatchSizeOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
@@ -130,7 +136,8 @@ def evaluate(
     """Score a model on a split, or one folder of masks against another.
 
     Writes cases.csv (Dice, IoU, precision, recall, HD95, ASSD, NSD per case and class),
-    summary.json (mean, median, bootstrap 95 % interval) and overlays/ (the worst cases).
+    summary.json (mean, median, bootstrap 95 % interval), overlays/ (the worst cases) and report.html,
+    one page to look at: intervals, calibration, best and worst cases, every case in a table.
     Cases that cannot be scored are listed, and the exit code is then 3.
 
     Examples:
@@ -155,7 +162,13 @@ def evaluate(
             out,
             convention=(convention or (settings.convention if settings else Convention.standard)),
             grid=(grid or (settings.grid if settings else ScoreGrid.case)),
-            sampling=found.sampling(num_inference_steps=steps, num_samples=samples, threshold=threshold),
+            sampling=found.sampling(
+                num_inference_steps=steps,
+                num_samples=samples,
+                threshold=threshold,
+                flips=flip_words(flips),
+                largest_component=largest_component,
+            ),
             loading={
                 "device": device.value,
                 "precision": precision.value,
@@ -169,6 +182,7 @@ def evaluate(
         )
     else:
         given = {"--model": model, "--data": data, "--grid": grid, "--steps": steps, "--samples": samples}
+        given = {**given, "--flips": flips, "--largest-component": largest_component}
         _refuse({**given, "--threshold": threshold}, "a model")
         if predictions is None or ground_truth is None:
             raise UsageError("--predictions and --ground-truth belong together: give both folders.")
@@ -202,6 +216,8 @@ class _Evaluation:
     failed: list[FailedCase]
     processes: Processes
     facts: dict[str, Any]
+    score_again: Callable[[list[str]], Iterable[CaseScores | FailedCase]]
+    recipe: str = ""
 
     def report(self, *, worst: int, overwrite: bool, as_json: bool) -> None:
         """Write the folder of results, then show the table."""
@@ -231,6 +247,7 @@ class _Evaluation:
         with whole_folder(self.target, overwrite=overwrite, ours=SUMMARY_FILE) as folder:
             atomic_write(folder / CASES_FILE, to_csv(case_rows(self.scores), CASE_COLUMNS))
             _draw(worst_cases(self.scores, worst), folder / OVERLAYS, self.classes)
+            atomic_write(folder / REPORT_FILE, self._page(content))
             atomic_write(folder / SUMMARY_FILE, to_json(content, indent=2) + "\n")
         if as_json:
             console.show_json(content)
@@ -243,7 +260,16 @@ class _Evaluation:
         if self.failed:
             total = len(self.scores) + len(self.failed)
             console.warn(f"{len(self.failed)} of {total} cases could not be scored and are in no figure")
-        console.done(f"{self.target}: {CASES_FILE}, {SUMMARY_FILE}" + (f", {OVERLAYS}/" if worst else ""))
+        written = [CASES_FILE, SUMMARY_FILE, *([f"{OVERLAYS}/"] if worst else []), REPORT_FILE]
+        console.done(f"{self.target}: {', '.join(written)}")
+
+    def _page(self, content: dict[str, Any]) -> str:
+        from sdseg_cli.core.engine.evaluation_page import evaluation_page, with_middle_pictures
+        from sdseg_cli.core.reporting.page import render_page
+
+        scores = with_middle_pictures(self.scores, self.score_again)
+        page = evaluation_page(self.title, self.classes, scores, self.failed, content, recipe=self.recipe)
+        return render_page(page)
 
 
 def _evaluate_split(
@@ -278,14 +304,23 @@ def _evaluate_split(
     check_fit(predictor, dataset.manifest, dataset.root)
     view = dataset.split(split)
     compile_if_wanted(predictor, compiled, len(view))
-    scored = evaluate_split(
-        predictor,
-        view,
-        dataset.manifest.classes,
-        convention=convention,  # type: ignore[arg-type]
-        grid=grid,  # type: ignore[arg-type]
-        processes=processes,
-    )
+
+    def score(cases: Any, processes: Processes | None) -> Iterable[CaseScores]:
+        return evaluate_split(
+            predictor,
+            cases,
+            dataset.manifest.classes,
+            convention=convention,  # type: ignore[arg-type]
+            grid=grid,  # type: ignore[arg-type]
+            processes=processes,
+        )
+
+    def score_again(case_ids: list[str]) -> Iterable[CaseScores]:
+        from sdseg_cli.core.engine.evaluation_page import SelectedCases
+
+        return score(SelectedCases(view, case_ids), None)
+
+    scored = score(view, processes)
     scores, failed = _collect(scored, len(set(view.case_ids)), worst, processes)
     return _Evaluation(
         f"{model.reference.location}, split {split} of {dataset.manifest.name}",
@@ -305,6 +340,8 @@ def _evaluate_split(
             "device": str(predictor.device),
             "processes": processes.count,
         },
+        score_again,
+        model.recipe_text(),
     )
 
 
@@ -332,6 +369,11 @@ def _evaluate_folders(
         from sdseg_cli.core.engine.processes import Processes
 
         processes = Processes(cpu=True)
+
+    def score_again(case_ids: list[str]) -> Iterable[CaseScores | FailedCase]:
+        few = replace(pairs, pairs=tuple(pair for pair in pairs.pairs if pair[0] in case_ids))
+        return evaluate_folders(few, classes, convention=convention.value, **scoring)
+
     scored = evaluate_folders(pairs, classes, convention=convention.value, processes=processes, **scoring)
     scores, failed = _collect(scored, len(pairs.pairs), worst, processes)
     if not scores:
@@ -355,6 +397,7 @@ def _evaluate_folders(
             **scoring,
             "processes": processes.count,
         },
+        score_again,
     )
 
 
@@ -362,11 +405,11 @@ def _collect(
     scored: Iterable[CaseScores | FailedCase], total: int, worst: int, processes: Processes
 ) -> tuple[list[CaseScores], list[FailedCase]]:
     """Score this process's share and bring the records of all together, in order."""
-    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, keep_worst_pictures
+    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, keep_pictures
 
     share = len(processes.share(range(total)))
     shown = console.progress(scored, share, "scoring", unit="cases")
-    records = processes.gather(keep_worst_pictures(shown, worst))
+    records = processes.gather(keep_pictures(shown, worst))
     scores = [record for record in records if isinstance(record, CaseScores)]
     return scores, [record for record in records if isinstance(record, FailedCase)]
 

@@ -14,20 +14,23 @@ import typer
 
 from sdseg_cli import __version__, console
 from sdseg_cli.commands._compiling import compile_if_wanted
-from sdseg_cli.commands._measured import Model
+from sdseg_cli.commands._measured import REPORT_FILE, Model
 from sdseg_cli.commands._options import (
     BatchSizeOption,
     CompileOption,
     DecoderOption,
     Device,
     DeviceOption,
+    FlipsOption,
     JsonOption,
+    LargestComponentOption,
     ModelOption,
     Precision,
     PrecisionOption,
     SeedOption,
     StepsOption,
     ThresholdOption,
+    flip_words,
 )
 from sdseg_cli.commands._signals import interruptible
 from sdseg_cli.core.engine.prediction import (
@@ -37,6 +40,7 @@ from sdseg_cli.core.engine.prediction import (
     plan_predictions,
     predict_files,
     prepare_folder,
+    read_summary,
     readable,
     refuse_existing,
     remove_outputs,
@@ -56,7 +60,7 @@ SETTINGS_FILE = "prediction.json"
 # What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
 MASK_SETTINGS = (
     *("model", "model_of", "decoder", "seed", "num_inference_steps", "num_samples", "threshold"),
-    *("window", "axis", "nan_fill"),
+    *("flips", "largest_component", "window", "axis", "nan_fill"),
 )
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
 
@@ -83,6 +87,7 @@ EXAMPLES = """
 sdseg predict scans/ --out masks/                                  # with the newest finished run
 sdseg predict scans/ --out masks/ --model runs/kseg-fast --overlay
 sdseg predict a.png b.tif --out masks/ --samples 10 --probabilities
+sdseg predict scans/ --out masks/ --samples 10 --flips horizontal --report   # and how sure it is
 sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where it stopped
 sdseg predict ct.nii.gz --out masks/ --window=-175,250             # a volume; the mask has its geometry
 sdseg predict dicom/ --out masks/ --recursive --format dicom-seg   # a DICOM-SEG for every series
@@ -150,9 +155,14 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html: a page with pictures and a case table.")
+    ] = False,
     seed: SeedOption = 0,
     steps: StepsOption = None,
     threshold: ThresholdOption = None,
+    flips: FlipsOption = None,
+    largest_component: LargestComponentOption = None,
     batch_size: BatchSizeOption = None,
     device: DeviceOption = Device.auto,
     precision: PrecisionOption = Precision.auto,
@@ -171,8 +181,14 @@ def predict(
     if skip_existing and overwrite:
         raise UsageError("--skip-existing and --overwrite exclude each other. Choose one.")
     found = Model.find(model)
-    sampling = found.sampling(num_inference_steps=steps, num_samples=samples, threshold=threshold)
-    several = sampling.get("num_samples", 1) > 1
+    sampling = found.sampling(
+        num_inference_steps=steps,
+        num_samples=samples,
+        threshold=threshold,
+        flips=flip_words(flips),
+        largest_component=largest_component,
+    )
+    several = sampling.get("num_samples", 1) > 1 or "flips" in sampling
     tasks = plan_predictions(
         scans,
         out,
@@ -200,7 +216,15 @@ def predict(
     records = [CasePrediction(task.case_id, task.file, "skipped") for task in done]
     kept = f"Masks written so far are whole and listed in {readable(out / SUMMARY_FILE)}"
     with interruptible(f"stopped. {kept}; go on with the same command and --skip-existing."):
-        session = _Session(out, tasks, records, {**settings, "device": device.value}, as_json=as_json)
+        session = _Session(
+            out,
+            tasks,
+            records,
+            {**settings, "device": device.value},
+            as_json=as_json,
+            report=report,
+            recipe=found.recipe_text(),
+        )
         session.run(
             todo,
             found.reference,
@@ -224,7 +248,11 @@ class _Session:
         settings: dict[str, Any],
         *,
         as_json: bool,
+        report: bool = False,
+        recipe: str = "",
     ) -> None:
+        self.report = report
+        self.recipe = recipe
         self.out = out
         self.tasks = tasks
         self.records = records
@@ -295,6 +323,8 @@ class _Session:
         try:
             write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
             self._write_settings("finished" if stop is None else "stopped")
+            if self.report:
+                self._write_page()
         except OSError as error:
             self.has_summary = False
             console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
@@ -318,6 +348,7 @@ class _Session:
         rate = f", {len(done) / seconds:.1f} a second" if done else ""
         left = len(self.tasks) - len(self.records)
         summary = f" and {SUMMARY_FILE}" if self.has_summary else ""
+        summary += f", {REPORT_FILE}" if self.report and self.has_summary else ""
         words = [f"{len(done)} of {_count(self.tasks)} done in {seconds:.1f} s{rate}"]
         words += [f"{len(failed)} failed"] if failed else []
         words += [f"{left} not reached"] if left else []
@@ -345,8 +376,20 @@ class _Session:
             "cases": summary_rows(self.records, self.classes),
         }
 
+    def _write_page(self) -> None:
+        from sdseg_cli.core.engine.prediction_page import prediction_page
+        from sdseg_cli.core.reporting.page import render_page
+
+        # The summary also knows the images that earlier calls predicted into this folder.
+        rows = list(read_summary(self.out / SUMMARY_FILE).values())
+        page = prediction_page(self.tasks, rows, self.classes, self._settings("finished"), recipe=self.recipe)
+        atomic_write(self.out / REPORT_FILE, render_page(page))
+
     def _write_settings(self, status: str) -> None:
-        content = {
+        atomic_write(self.out / SETTINGS_FILE, to_json(self._settings(status), indent=2) + "\n")
+
+    def _settings(self, status: str) -> dict[str, Any]:
+        return {
             "sdseg": __version__,
             "status": status,
             "written": now(),
@@ -354,7 +397,6 @@ class _Session:
             "classes": list(self.classes),
             "images": len(self.tasks),
         }
-        atomic_write(self.out / SETTINGS_FILE, to_json(content, indent=2) + "\n")
 
 
 def _with_decoder(decoder: Path | None) -> dict[str, str]:

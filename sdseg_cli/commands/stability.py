@@ -15,6 +15,7 @@ from sdseg_cli import console
 from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import (
     CASES_FILE,
+    REPORT_FILE,
     SUMMARY_FILE,
     Model,
     dataset_evidence,
@@ -51,9 +52,9 @@ from sdseg_cli.core.run_directory import atomic_write, to_json
 
 if TYPE_CHECKING:
     from sdseg_cli.core.data.prepared import PreparedDataset
-    from sdseg_cli.core.engine.inference import Predictor, SliceInput
+    from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
     from sdseg_cli.core.engine.processes import Processes
-    from sdseg_cli.core.engine.stability import SliceStability
+    from sdseg_cli.core.engine.stability import SliceStability, StabilitySummary
     from sdseg_cli.core.metrics.similarity import PerceptualDistance
 
 RUNS = "runs"
@@ -108,8 +109,9 @@ def stability(
 ) -> None:
     """Predict every image several times from different noise and compare the runs.
 
-    Writes cases.csv and summary.json: LPIPS, PSNR, SSIM, MS-SSIM (each run with the first)
-    and Dice agreement (all pairs of runs), for the masks and for the scores before the threshold.
+    Writes cases.csv, summary.json and report.html, a page to look at: LPIPS, PSNR, SSIM, MS-SSIM
+    (each run with the first) and Dice agreement (all pairs of runs), for the masks and for the
+    scores before the threshold. The recipe's flips and largest component are left out.
 
     Examples:
 
@@ -174,7 +176,9 @@ def stability(
         "device": str(predictor.device),
         "processes": processes.count,
     }
-    job = _Measurement(predictor, source, processes, protocol.value, perceptual, lpips_reason, limit)
+    job = _Measurement(
+        predictor, source, processes, protocol.value, perceptual, lpips_reason, limit, found.recipe_text()
+    )
     failed = job.run(target, settings, save_runs=save_runs, overwrite=overwrite, as_json=as_json)
     if failed:
         raise typer.Exit(3)
@@ -227,6 +231,7 @@ class _Measurement:
     perceptual: PerceptualDistance | None
     lpips_reason: str
     limit: int | None
+    recipe: str = ""
 
     def run(
         self, target: Path, settings: dict[str, Any], *, save_runs: bool, overwrite: bool, as_json: bool
@@ -239,21 +244,25 @@ class _Measurement:
                 own = [str(stack.enter_context(temporary))]
             # All processes write the pictures of their runs into the main one's folder.
             folder = Path(self.processes.gather(own)[0])
-            rows, failed = self._measure(folder / RUNS if save_runs else None)
+            rows, failed, places = self._measure(folder / RUNS if save_runs else None)
             if not rows:
                 raise DataError(f"none of the images could be read: {'; '.join(failed.values())}")
             if self.processes.is_main:
-                report = self._write(folder, rows, failed, settings)
+                report = self._write(folder, rows, failed, settings, places)
         if self.processes.is_main:
             self._show(report, rows, failed, target, as_json=as_json)
         return failed
 
-    def _measure(self, runs_folder: Path | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    def _measure(
+        self, runs_folder: Path | None
+    ) -> tuple[list[dict[str, Any]], dict[str, str], dict[tuple[str, int], int]]:
+        """The rows of all processes, what could not be read, and the number of every (case, slice)."""
         from sdseg_cli.core.engine.stability import measure_stability, slice_rows
 
         indices = self.processes.share(range(len(self.source.names))[: self.limit])
         unreadable: dict[str, str] = {}
-        inputs = self._inputs(indices, unreadable)
+        places: dict[tuple[str, int], int] = {}
+        inputs = self._inputs(indices, unreadable, places)
         measured = measure_stability(
             self.predictor, inputs, protocol=self.protocol, perceptual=self.perceptual
         )
@@ -264,17 +273,27 @@ class _Measurement:
                 _save_runs(record, runs_folder, self.predictor.classes)
         rows = [row for rows in self.processes.gather(own) for row in rows]
         failed = dict(self.processes.gather(list(unreadable.items())))
-        return rows, failed
+        return rows, failed, dict(self.processes.gather(list(places.items())))
 
-    def _inputs(self, indices: Iterable[int], unreadable: dict[str, str]) -> Iterator[SliceInput]:
+    def _inputs(
+        self, indices: Iterable[int], unreadable: dict[str, str], places: dict[tuple[str, int], int]
+    ) -> Iterator[SliceInput]:
         for index in indices:
             try:
-                yield self.source.read(index, self.predictor)
+                item = self.source.read(index, self.predictor)
             except DataError as error:
                 unreadable[self.source.names[index]] = str(error)
+                continue
+            places[item.case_id, item.slice_index] = index
+            yield item
 
     def _write(
-        self, folder: Path, rows: list[dict[str, Any]], failed: dict[str, str], settings: dict[str, Any]
+        self,
+        folder: Path,
+        rows: list[dict[str, Any]],
+        failed: dict[str, str],
+        settings: dict[str, Any],
+        places: dict[tuple[str, int], int],
     ) -> dict[str, Any]:
         from sdseg_cli.core.engine.stability import PROTOCOL_TEXTS, ROW_COLUMNS, summarise_rows
 
@@ -293,8 +312,28 @@ class _Measurement:
             **provenance(),
         }
         atomic_write(folder / CASES_FILE, to_csv(rows, ROW_COLUMNS))
+        atomic_write(folder / REPORT_FILE, self._page(rows, summary, {**report, **settings}, places))
         atomic_write(folder / SUMMARY_FILE, to_json(report, indent=2) + "\n")
         return report
+
+    def _page(
+        self,
+        rows: list[dict[str, Any]],
+        summary: StabilitySummary,
+        content: dict[str, Any],
+        places: dict[tuple[str, int], int],
+    ) -> str:
+        from sdseg_cli.core.engine.stability_page import stability_page
+        from sdseg_cli.core.reporting.page import render_page
+
+        def predict_again(chosen: list[tuple[str, int]]) -> Iterator[tuple[SliceInput, SlicePrediction]]:
+            items = [self.source.read(places[place], self.predictor) for place in chosen]
+            return zip(items, self.predictor(items), strict=True)
+
+        classes, threshold = self.predictor.classes, self.predictor.threshold
+        return render_page(
+            stability_page(rows, summary, content, classes, predict_again, threshold, recipe=self.recipe)
+        )
 
     def _show(
         self,
@@ -315,7 +354,7 @@ class _Measurement:
             show(stability_table(summary, title, self.protocol))
         for reason in failed.values():
             console.warn(reason)
-        console.done(f"{target}: {CASES_FILE}, {SUMMARY_FILE}")
+        console.done(f"{target}: {CASES_FILE}, {SUMMARY_FILE}, {REPORT_FILE}")
 
 
 def _perceptual(choice: str | None, device: str) -> tuple[PerceptualDistance | None, str]:

@@ -346,6 +346,14 @@ class SamplingSettings(Settings):
     threshold: float = key(
         0.5, "Probability from which a pixel is foreground (two classes).", unit="probability", gt=0, lt=1
     )
+    flips: Annotated[tuple[Literal["horizontal", "vertical"], ...], Field(max_length=2)] = key(
+        (),
+        "Mirrored images that are predicted too, mirrored back and averaged (both: the one mirrored twice as "
+        "well); they count as further draws. Not where left and right are different classes.",
+    )
+    largest_component: bool = key(
+        False, "Keep only the largest connected component of every class, in each slice."
+    )
 
 
 class EvaluateSettings(Settings):
@@ -728,4 +736,22 @@ def _sampling_refusals(recipe: Recipe) -> list[Refusal]:
                 f"{sampling.num_samples} with noise: zeros: all draws would be equal. Set num_samples: 1",
             )
         )
+    return found + _flip_refusals(recipe)
+
+
+def _flip_refusals(recipe: Recipe) -> list[Refusal]:
+    found = []
+    flips, augmentation = recipe.sampling.flips, recipe.data.augmentation
+    if len(set(flips)) != len(flips):
+        found.append(Refusal(("sampling.flips",), "a flip is given twice. Remove one"))
+    for flip in dict.fromkeys(flips):
+        name = f"{flip}_flip"
+        if getattr(augmentation, name) == 0:
+            found.append(
+                Refusal(
+                    ("sampling.flips", f"data.augmentation.{name}"),
+                    f"{flip} with {name}: 0: the network never saw an image mirrored so. Take it out of "
+                    f"flips, or train with {name}: 0.5",
+                )
+            )
     return found

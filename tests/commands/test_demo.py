@@ -180,6 +180,7 @@ def test_a_tiny_demonstration_ends_with_one_page_that_shows_it_all(tmp_path, mon
         assert re.sub(r"</?span>", "", html).count(words) >= 1
     for title in ("Test Dice", "Otsu threshold", "Every test image", "Scores on the test split", "Stability"):
         assert title in html
-    assert html.count("data:image/webp;base64,") == 2 * 4 + 1  # two test images, and the contact sheet
+    # Two test images, each with truth, prediction, outline of the truth and uncertainty; the contact sheet.
+    assert html.count("data:image/webp;base64,") == 2 * 5 + 1
     assert not re.search(r"https?:", html)
     assert len(list(Path("demo/masks").glob("*.png"))) == 2

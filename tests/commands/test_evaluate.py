@@ -108,6 +108,44 @@ def test_scores_go_into_the_run_and_are_not_replaced_unasked(place, capsys):
     assert list(target.parent.iterdir()) == [target]  # nothing temporary is left
 
 
+def test_several_draws_predict_the_dice_and_the_page_shows_calibration_and_doubt(place, tmp_path, capsys):
+    out = tmp_path / "scores"
+    options = (
+        "--threshold",
+        0.0,
+        "--samples",
+        2,
+        "--flips",
+        "horizontal",
+        "--largest-component",
+        "--device",
+        "cpu",
+    )
+    assert sdseg("evaluate", "--split", "train", "--out", out, "--overlays", 1, *options) == 0
+    assert "report.html" in capsys.readouterr().err
+    predicted = [float(row["predicted_dice"]) for row in rows(out / "cases.csv") if row["predicted_dice"]]
+    assert predicted
+    assert all(0 <= value <= 1 for value in predicted)
+    assert summary(out)["sampling"]["flips"] == ["horizontal"]
+    html = (out / "report.html").read_text(encoding="utf-8")
+    for words in (
+        "Are the probabilities honest?",
+        "The most doubtful first",
+        "uncertainty",
+        "flips horizontal",
+    ):
+        assert words in html
+    assert html.count('<article class="case card"') == 8  # all of them: there are no more
+    assert "unet_channels" in html  # the recipe
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("flips", ["diagonal", "vertical,vertical", ""])
+def test_flips_that_are_none_are_refused(flips, tmp_path, capsys):
+    assert sdseg("evaluate", "--flips", flips, "--out", tmp_path / "out") == 2
+    assert "expected horizontal, vertical" in capsys.readouterr().err
+
+
 @pytest.mark.faults
 def test_a_dataset_of_another_size_is_refused_before_anything_is_written(place, tmp_path, capsys):
     other = tmp_path / "other"
@@ -146,6 +184,10 @@ def test_two_folders_are_scored_with_a_table_and_pictures(folders, tmp_path, cap
     pair = [np.asarray(Image.open(folder / "b.png")) > 0 for folder in folders]
     assert float(rows(out / "cases.csv")[1]["dice"]) == pytest.approx(dice(count_overlap(*pair)))
     assert len(list((out / "overlays").iterdir())) == 3
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert html.count('<article class="case card"') == 3
+    assert "The worst first" in html
+    assert "honest" not in html  # masks have no probabilities
 
 
 @pytest.mark.faults

@@ -44,6 +44,7 @@ class BrightIsForeground:
                 probabilities=np.stack([1 - level, level]),
                 uncertainty=np.zeros_like(level),
                 samples=None,
+                overlaps=None,
             )
 
 
@@ -142,6 +143,60 @@ def test_networks_are_compiled_only_if_asked_for(scans, tmp_path, model, made, m
     assert not compiled
     predict(scans=[scans], out=tmp_path / "two", model=model, compiled=True)
     assert compiled == [made[1]]
+
+
+def test_flips_and_components_reach_the_predictor_and_flips_alone_give_an_uncertainty(
+    scans, tmp_path, model, made
+):
+    predict(
+        scans=[scans], out=tmp_path / "one", model=model, flips="horizontal,vertical", largest_component=True
+    )
+    assert made[0].options["flips"] == ["horizontal", "vertical"]
+    assert made[0].options["largest_component"] is True
+    assert (tmp_path / "one" / "uncertainty" / "a.png").exists()
+    with pytest.raises(UsageError, match="flips"):  # not a second result in the same folder
+        predict(scans=[scans], out=tmp_path / "one", model=model, skip_existing=True)
+    same = {"flips": "horizontal,vertical", "largest_component": True, "skip_existing": True}
+    predict(scans=[scans], out=tmp_path / "one", model=model, **same)
+    predict(scans=[scans], out=tmp_path / "two", model=model, flips="none", largest_component=False)
+    assert not {"flips", "largest_component"} & made[2].options.keys()
+
+
+def test_the_report_shows_the_images_and_lists_what_failed_without_trusting_a_name(
+    scans, tmp_path, model, made
+):
+    hostile = "<img src=x onerror=alert(1)>.png"
+    (scans / "a.png").rename(scans / hostile)
+    (scans / "torn.png").write_bytes(b"no image")
+    out = tmp_path / "masks"
+    assert exit_code(scans=[scans], out=out, model=model, report=True) == 3
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in html
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") > 3
+    assert html.count('<article class="case card"') == 3
+    assert "torn" in html
+    assert "failed" in html
+    assert len(html) < 200_000
+
+
+def test_the_report_begins_with_the_image_whose_draws_agree_least(scans, tmp_path, model, made, monkeypatch):
+    shared = {"a": 8, "b": 2, "c": 5}
+    original = BrightIsForeground.__call__
+
+    def drawing(self, inputs):
+        for one in original(self, inputs):
+            both = shared[one.case_id]
+            one.overlaps = np.array([[[10, both], [both, 10]]])
+            yield one
+
+    monkeypatch.setattr(BrightIsForeground, "__call__", drawing)
+    out = tmp_path / "masks"
+    predict(scans=[scans], out=out, model=model, samples=2, report=True)
+    assert [float(row["predicted_dice"]) for row in rows(out)] == [0.8, 0.2, 0.5]
+    html = (out / "report.html").read_text(encoding="utf-8")
+    table = html[html.index('id="cases"') :]
+    assert table.index("0.200") < table.index("0.500") < table.index("0.800")
+    assert html.index('<h3 title="b"') < html.index('<h3 title="c"') < html.index('<h3 title="a"')
 
 
 def test_json_goes_to_stdout_and_nothing_else_does(scans, tmp_path, model, made, capfd):
@@ -308,7 +363,7 @@ class Slow:
             level = one.grid.probabilities_to_case(one.image.mean(axis=-1).astype(np.float32) / 255)
             yield types.SimpleNamespace(case_id=one.case_id, slice_index=0,
                 label_map=(level > 0.5).astype(np.uint8), probabilities=np.stack([1 - level, level]),
-                uncertainty=level, samples=None)
+                uncertainty=level, samples=None, overlaps=None)
 
 from sdseg_cli.core.engine import inference
 inference.load_predictor = lambda reference, **options: Slow()
@@ -399,7 +454,7 @@ class Marks:
             level = one.grid.probabilities_to_case(one.image.mean(axis=-1).astype(np.float32) / 255)
             yield types.SimpleNamespace(case_id=one.case_id, slice_index=0,
                 label_map=(level > 0.5).astype(np.uint8), probabilities=np.stack([1 - level, level]),
-                uncertainty=level, samples=None)
+                uncertainty=level, samples=None, overlaps=None)
 
 inference.load_predictor = lambda reference, **options: Marks()
 from sdseg_cli.cli import main

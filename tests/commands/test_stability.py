@@ -91,6 +91,9 @@ def test_both_kinds_are_reported_and_the_saved_runs_bear_them_out(place, tmp_pat
     assert "Dice agreement" in shown
     assert "MS-SSIM: 2 of 2 pictures have a side below 176 pixels" in " ".join(shown.split())
     cases = rows(out / "cases.csv")
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "Dice agreement" in html
+    assert 'data-name="run 2"' in html
     assert [row["kind"] for row in cases] == ["maps", "scores"] * 2
 
     direct = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

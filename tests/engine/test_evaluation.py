@@ -1,6 +1,7 @@
 """Evaluation with a predictor that answers from a list: pairing, order, grids, summaries."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,13 +18,17 @@ from sdseg_cli.core.engine.evaluation import (
     evaluate_folders,
     evaluate_split,
     evaluation_table,
-    keep_worst_pictures,
+    keep_pictures,
     pair_folders,
     summarise_cases,
     worst_cases,
 )
+from sdseg_cli.core.engine.evaluation_page import SelectedCases, chosen_cases, with_middle_pictures
+from sdseg_cli.core.engine.inference import SlicePrediction
+from sdseg_cli.core.engine.report_parts import MOST_VIEWS
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.grid import Grid
+from sdseg_cli.core.metrics.calibration import expected_calibration_error
 from sdseg_cli.core.reporting.tables import to_csv
 
 BINARY = ("background", "polyp")
@@ -69,7 +74,10 @@ class Predictor:
             for item in batch:
                 self.seen.append(item.case_id)
                 answer = self.answers[item.case_id, item.slice_index]
-                yield SimpleNamespace(case_id=item.case_id, slice_index=item.slice_index, label_map=answer)
+                probabilities = np.stack([1.0 - (answer == 1), answer == 1]).astype(np.float32)
+                yield SlicePrediction(
+                    item.case_id, item.slice_index, answer, probabilities, np.full(answer.shape, np.nan), None
+                )
 
 
 def evaluated(slices, answers, classes=BINARY, **options):
@@ -231,18 +239,89 @@ def test_rows_hold_one_line_per_case_and_class_and_name_the_outcome():
     text = to_csv(case_rows(records), CASE_COLUMNS)
     header, liver, kidney = text.splitlines()
     assert header.startswith("case,group,slices,class,dice,iou,precision,recall,hd95,assd,nsd,distance_unit")
-    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,1.0,px,4,4,4,scored"
-    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,0.0,px,4,0,0,missed"
+    assert liver == "a,a,1,liver,1.0,1.0,1.0,1.0,0.0,0.0,1.0,px,4,4,4,scored,"
+    assert kidney == "a,a,1,kidney,0.0,0.0,0.0,0.0,inf,inf,0.0,px,4,0,0,missed,"
 
 
 def test_only_the_worst_cases_keep_their_pictures():
     slices = [slice_of(name, SQUARE) for name in "abcd"]
     answers = {("a", 0): SQUARE, ("b", 0): EMPTY, ("c", 0): SHIFTED, ("d", 0): SQUARE}
-    records = keep_worst_pictures(evaluated(slices, answers), 2)
+    records = keep_pictures(evaluated(slices, answers), 2, worst=0, best=0)
     assert [record.picture is not None for record in records] == [False, True, True, False]
     assert [record.case_id for record in worst_cases(records, 2)] == ["b", "c"]
     assert [record.case_id for record in worst_cases(records, 1)] == ["b"]
-    assert all(record.picture is None for record in keep_worst_pictures(evaluated(slices, answers), 0))
+    assert all(
+        record.picture is None for record in keep_pictures(evaluated(slices, answers), 0, worst=0, best=0)
+    )
+
+
+def test_the_worst_and_the_best_keep_their_slices_and_the_middle_is_scored_again():
+    names = [f"{number:02d}" for number in range(12)]
+    wide = np.zeros((4, 16), np.uint8)
+    wide[1, :13] = 1
+    answers = {}
+    for number, name in enumerate(names):
+        answers[name, 0] = wide.copy()
+        answers[name, 0][1, number + 1 :] = 0  # case 00 is the worst, case 11 the best
+    slices = [slice_of(name, wide, size=16) for name in reversed(names)]
+    model = Predictor(answers)
+    records = keep_pictures(evaluate_split(model, Split(slices), BINARY), 0)
+    assert [record.case_id for record in records if record.stack] == [
+        "11",
+        "10",
+        "05",
+        "04",
+        "03",
+        "02",
+        "01",
+        "00",
+    ]
+    asked = []
+
+    def again(case_ids):
+        asked.extend(case_ids)
+        return evaluate_split(model, SelectedCases(Split(slices), case_ids), BINARY)
+
+    shown = chosen_cases(with_middle_pictures(records, again))
+    assert [(badge, record.case_id) for badge, record in shown] == [
+        *(("worst", name) for name in ("00", "01", "02")),
+        *(("middle", name) for name in ("04", "05", "06")),
+        *(("best", name) for name in ("10", "11")),
+    ]
+    assert asked == ["06"]
+    assert all(record.stack for _, record in shown)
+
+
+def test_of_many_slices_a_bounded_number_is_kept_and_the_worst_is_among_them():
+    slices = [slice_of("a", SQUARE, index) for index in range(40)]
+    answers = {("a", index): SQUARE for index in range(40)}
+    answers["a", 17] = EMPTY
+    (record,) = evaluated(slices, answers)
+    kept = [picture.slice_index for picture in record.stack]
+    assert len(kept) <= MOST_VIEWS
+    assert kept == sorted(kept)
+    assert {0, 17, 39} <= {*kept}
+    assert record.picture.slice_index == 17
+
+
+def test_draws_of_all_slices_together_predict_the_dice_of_the_case():
+    shared = np.array([[[4, 2], [2, 4]]])
+
+    class Drawing(Predictor):
+        def __call__(self, inputs):
+            for prediction in super().__call__(inputs):
+                overlaps = shared if prediction.slice_index == 0 else 3 * shared
+                yield replace(prediction, overlaps=overlaps, uncertainty=np.full((4, 4), 0.5))
+
+    slices = [slice_of("a", SQUARE, 0), slice_of("a", SQUARE, 1)]
+    model = Drawing({("a", 0): SQUARE, ("a", 1): SQUARE})
+    (record,) = evaluate_split(model, Split(slices), BINARY)
+    assert record.predicted_dice == pytest.approx(0.5)
+    assert case_rows([record])[0]["predicted_dice"] == record.predicted_dice
+    assert record.picture.uncertainty.tolist() == [[255] * 4] * 4
+    counts = record.reliability[0]
+    assert counts[:, 0].tolist() == [24, 0, 0, 0, 0, 0, 0, 0, 0, 8]  # the fake is sure, and right
+    assert expected_calibration_error(counts) == 0
 
 
 @pytest.mark.faults

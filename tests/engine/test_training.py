@@ -15,7 +15,9 @@ import pytest
 import timm
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdseg_cli.core.engine import training
 from sdseg_cli.core.engine.networks import TrainableNetwork, build_networks
@@ -127,6 +129,10 @@ EFFECTS: list[tuple[dict[str, Any], str, Any, str]] = [
     ({"objective.num_train_timesteps": 50}, "sampling.num_inference_steps", 3, PICTURE),
     ({}, "sampling.num_samples", 3, PICTURE),
     ({}, "sampling.threshold", 0.01, PICTURE),
+    ({}, "sampling.flips", ["horizontal"], PICTURE),
+    ({}, "sampling.flips", ["vertical"], PICTURE),
+    ({}, "sampling.flips", ["horizontal", "vertical"], PICTURE),
+    ({}, "sampling.largest_component", True, PICTURE),
 ]
 TESTED_BY_NAME = {
     "data.image_size": "test_the_size_of_the_images_changes_what_is_learnt",
@@ -725,7 +731,12 @@ def test_training_stops_when_its_time_is_over(tiny_recipe, trained, tmp_path):
 def test_the_tensorboard_tracker_writes_its_file_and_no_tracker_writes_none(tiny_recipe, trained, tmp_path):
     with_tracker = trained(tiny_recipe({"train.trackers": ["tensorboard"]}), tmp_path / "with")
     without = trained(tiny_recipe(), tmp_path / "without")
-    assert list(with_tracker.run.tensorboard.rglob("events.out.tfevents.*"))
+    files = list(with_tracker.run.tensorboard.rglob("events.out.tfevents.*"))  # the settings have their own
+    seen = [EventAccumulator(str(file)).Reload() for file in files]
+    (picture,) = [one for each in seen if each.Tags()["images"] for one in each.Images("validation")]
+    assert picture.step == 2
+    written = Image.open(with_tracker.run.validation / "step-000002.png")
+    assert (picture.width, picture.height) == written.size
     assert not without.run.tensorboard.exists()
 
 

@@ -14,6 +14,8 @@ from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.pipeline import (
     SDSegPipeline,
+    draw_overlaps,
+    mirrored_axes,
     probabilities_to_labels,
     scores_to_probabilities,
 )
@@ -489,3 +491,52 @@ def test_pixels_go_in_between_minus_one_and_one(binary):
 def test_what_does_not_fit_is_refused_with_the_reason(binary, images, arguments, message):
     with pytest.raises(ValueError, match=message):
         binary(images, **arguments)
+
+
+# ---- test-time flips and the overlap of draws ----
+
+
+@pytest.mark.parametrize(
+    ("flips", "axes"),
+    [(["horizontal"], [1]), (["vertical"], [0]), (["horizontal", "vertical"], [1, 0, (0, 1)])],
+)
+def test_a_flip_is_the_prediction_of_the_mirrored_image_mirrored_back(binary, flips, axes):
+    (image,) = pictures(1)
+    found = binary(image, case_ids=["a"], flips=flips, num_samples=2, return_samples=True).samples[0]
+    views = [image, *(np.flip(image, axis) for axis in axes)]
+    assert len(found) == 2 * len(views)
+    for number, (view, axis) in enumerate(zip(views, [(), *axes], strict=True)):
+        alone = binary(
+            np.ascontiguousarray(view), case_ids=["a"], num_samples=2, return_samples=True
+        ).samples[0]
+        shifted = tuple(one + 2 for one in ((axis,) if isinstance(axis, int) else axis))
+        expected = np.flip(alone, shifted) if shifted else alone
+        np.testing.assert_allclose(found[2 * number : 2 * number + 2], expected, atol=1e-5)
+
+
+def test_flips_count_as_draws_and_an_image_set_off_centre_comes_back_to_its_place(binary):
+    (image,) = pictures(1, 20, 32)
+    grid = Grid(20, 32, SIZE, "pad")
+    output = binary([grid.image_to_model(image)], grids=[grid], flips=["vertical"], return_samples=True)
+    plain = binary([grid.image_to_model(image)], grids=[grid], return_samples=True)
+    assert output.samples[0].shape == (2, 2, 20, 32)
+    np.testing.assert_allclose(output.samples[0][0], plain.samples[0][0], atol=1e-5)
+    assert np.isfinite(output.uncertainty[0]).all()
+    np.testing.assert_allclose(output.probabilities[0], output.samples[0].mean(axis=0), atol=1e-6)
+
+
+def test_an_unknown_flip_is_refused():
+    assert mirrored_axes([]) == [()]
+    with pytest.raises(ValueError, match="'diagonal', expected horizontal or vertical"):
+        mirrored_axes(["diagonal"])
+
+
+def test_the_pixels_that_draws_share_are_counted_class_by_class():
+    foreground = np.array([[[0.9, 0.9, 0.1]], [[0.1, 0.9, 0.9]], [[0.1, 0.1, 0.1]]], np.float32)
+    samples = np.stack([1 - foreground, foreground], axis=1)
+    assert draw_overlaps(samples).tolist() == [[[2, 1, 0], [1, 2, 0], [0, 0, 0]]]
+    assert draw_overlaps(samples, threshold=0.05)[0].min() == 3
+    three = np.zeros((2, 3, 1, 4), np.float32)
+    for draw, labels in enumerate(([0, 1, 2, 2], [1, 1, 2, 0])):
+        three[draw, labels, 0, range(4)] = 1
+    assert draw_overlaps(three).tolist() == [[[1, 1], [1, 2]], [[2, 1], [1, 1]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 import re
@@ -13,27 +14,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart, reliability_plot
 from sdseg_cli.core.reporting.page import (
+    CaseTable,
     Chart,
-    DotRow,
     Figure,
     GalleryCase,
+    Layer,
     Page,
-    Panel,
     Picture,
-    Series,
+    SliceView,
+    Stage,
     Step,
     Table,
-    dot_plot,
     format_duration,
     heat_map,
-    line_chart,
+    layer_source,
     render_page,
     webp_source,
 )
 
 HOSTILE = "<script>alert('x')</script>\"&"
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Reader(HTMLParser):
@@ -63,17 +65,23 @@ def hostile_page() -> Page:
         [Series(HOSTILE, [0, 1], [0.1, 0.2])], x_label=HOSTILE, y_label=HOSTILE, description=HOSTILE
     )
     dots = dot_plot([DotRow(HOSTILE, [0.5], 0.5)], x_label=HOSTILE, description=HOSTILE)
+    curve = reliability_plot([(HOSTILE, [(0.1, 0.2, 5)]), (HOSTILE, [])], description=HOSTILE)
     source = webp_source(np.zeros((8, 8, 3), np.uint8))
+    layer = Layer("prediction", layer_source(np.zeros((8, 8, 4), np.uint8)))
+    view = SliceView(HOSTILE, source, 8, 8, (Stage(HOSTILE), Stage(HOSTILE, (layer,))))
     return Page(
         title=HOSTILE,
         lead=HOSTILE,
         figures=(Figure(HOSTILE, HOSTILE, HOSTILE),),
         steps=(Step(HOSTILE, HOSTILE, 1.0, HOSTILE),),
-        gallery=(GalleryCase(HOSTILE, HOSTILE, HOSTILE, (Panel(HOSTILE, source),)),),
+        gallery=(GalleryCase(HOSTILE, HOSTILE, HOSTILE, (view, view), 1),),
+        gallery_title=HOSTILE,
+        charts_title=HOSTILE,
+        cases=CaseTable(HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE * 3),), limit_column=1),
         pictures=(Picture(HOSTILE, HOSTILE, source),),
         gallery_note=HOSTILE,
         legend=((HOSTILE, "#fff"),),
-        charts=(Chart(HOSTILE, HOSTILE, chart), Chart(HOSTILE, HOSTILE, dots)),
+        charts=tuple(Chart(HOSTILE, HOSTILE, drawing) for drawing in (chart, dots, curve)),
         tables=(Table(HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE),)),),
         facts=((HOSTILE, HOSTILE),),
         recipe=HOSTILE,
@@ -90,16 +98,43 @@ def read(html: str) -> Reader:
 
 def test_every_name_is_escaped_wherever_it_is_shown():
     html = render_page(hostile_page())
-    assert "<script" not in html
-    assert "script" not in read(html).tags
-    assert html.count("&lt;script&gt;") > 20
+    assert html.count("<script") == 1  # our own
+    assert read(html).tags.count("script") == 1
+    assert "alert(" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+    assert html.count("&lt;script&gt;") > 30
+
+
+def test_no_script_runs_but_the_one_whose_hash_the_page_names():
+    html = render_page(hostile_page())
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert not re.search(r"\son\w+=", html)
 
 
 def test_the_page_asks_the_network_for_nothing():
     html = render_page(hostile_page())
-    assert all(address.startswith("data:image/webp;base64,") for address in read(html).addresses)
-    assert not re.search(r"https?:|url\(|@import", html)
+    for address in read(html).addresses:
+        assert re.match(r"data:image/webp;base64,|data:,$|#case-", address)
+    assert not re.search(r"https?:|url\((?!data:)|@import", html)
     assert "default-src 'none'" in html
+
+
+def test_the_image_of_a_slice_is_held_once_however_many_stages_show_it():
+    source = webp_source(np.full((8, 8, 3), 77, np.uint8))
+    view = SliceView("slice 0", source, 8, 8, (Stage("image"), Stage("prediction"), Stage("uncertainty")))
+    html = render_page(Page("t", "", gallery=(GalleryCase("a", "worst", "Dice 1", (view,)),)))
+    assert html.count(source) == 1
+
+
+def test_a_thousand_cases_make_a_small_page():
+    rows = tuple((f"case-{number:04d}", "0.912", "0.845", "0.9", "3.1", "scored") for number in range(1000))
+    table = CaseTable("All", "", ("case", "Dice", "IoU", "recall", "HD95", "outcome"), rows, limit_column=1)
+    dots = dot_plot([DotRow("polyp", [0.9] * 1000, 0.9)], x_label="Dice", description="d")
+    html = render_page(Page("t", "", charts=(Chart("Dice", "", dots),), cases=table))
+    assert len(html) < 300_000
+    assert dots.count("<circle") == 0
+    assert dots.count("<rect") == 1  # one bar: all are equal
 
 
 def test_the_page_follows_dark_mode_small_screens_and_print():

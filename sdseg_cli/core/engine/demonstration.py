@@ -21,32 +21,35 @@ from sdseg_cli.core.data.images import read_image, read_label_map, write_png
 from sdseg_cli.core.data.phantom import otsu_dice
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine.evaluation import ClassSummary, EvaluationSummary, evaluation_table
+from sdseg_cli.core.engine.report_parts import (
+    LEAST_BRIGHTEST,
+    decimals,
+    extremes,
+    legend,
+    rank_correlation,
+    slice_view,
+)
 from sdseg_cli.core.engine.stability import KindSummary, StabilitySummary, stability_table
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.metrics.overlap import count_classes, dice
 from sdseg_cli.core.metrics.summary import Summary, summarise
-from sdseg_cli.core.reporting.overlays import colour_of, overlay
+from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart
 from sdseg_cli.core.reporting.page import (
+    CaseTable,
     Chart,
-    DotRow,
     Figure,
     GalleryCase,
     Page,
-    Panel,
     Picture,
-    Series,
+    SliceView,
     Step,
     Table,
-    dot_plot,
     format_duration,
-    heat_map,
-    line_chart,
     webp_source,
 )
 from sdseg_cli.core.run_directory import RunDirectory, library_versions, now
 
 KIND: Literal["endoscopy"] = "endoscopy"
-LEAST_BRIGHTEST = 0.02  # of uncertainty: noise-like differences below it stay dark
 SHEET_SIDE = 1400  # pixels
 
 
@@ -156,7 +159,7 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
             "Uncertainty is the standard deviation of the probability between draws of the noise: dark is 0, "
             f"the brightest colour {brightest:.2f}."
         ),
-        legend=_legend(dataset.manifest.classes),
+        legend=legend(dataset.manifest.classes),
         pictures=(
             Picture(
                 "What it learnt from",
@@ -166,9 +169,10 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
         ),
         charts=_charts(run, scores, cases),
         tables=(_score_table(scores), _stability_table(stability)),
+        cases=_case_table(cases),
         facts=_facts(dataset, record, scores, cases),
         recipe=run.recipe_file.read_text(encoding="utf-8"),
-        footer=f"Written by sdseg {__version__} at {now()}. One file, no script, nothing fetched.",
+        footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 
 
@@ -212,17 +216,17 @@ def _figures(
     return (
         Figure(
             "Test Dice",
-            _decimals(test["mean"]),
-            f"95 % interval {_decimals(test['low'])} to {_decimals(test['high'])}, {test['n']} unseen images",
+            decimals(test["mean"]),
+            f"95 % interval {decimals(test['low'])} to {decimals(test['high'])}, {test['n']} unseen images",
         ),
         Figure(
             "Otsu threshold",
-            _decimals(otsu),
+            decimals(otsu),
             "Dice of the better polarity on the same images: what brightness alone gives",
         ),
         Figure(
             "Agreement of runs",
-            _decimals(maps["mean"]),
+            decimals(maps["mean"]),
             f"Dice between {stability['runs']} predictions from different noise",
         ),
         Figure("Time", format_duration(total), where),
@@ -237,8 +241,8 @@ def _gallery(
         GalleryCase(
             case.case_id,
             badge,
-            f"Dice {_decimals(case.dice)}",
-            _panels(folder, case, truths[case.case_id], brightest),
+            f"Dice {decimals(case.dice)}",
+            (_view(folder, case, truths[case.case_id], brightest),),
         )
         for badge, case in chosen_cases(cases)
     )
@@ -247,30 +251,19 @@ def _gallery(
 def chosen_cases(cases: Sequence[ShownCase]) -> list[tuple[str, ShownCase]]:
     """The three worst, three in the middle and the two best, worst first; all of them if they are few."""
     ranked = sorted(cases, key=lambda case: (-1.0 if math.isnan(case.dice) else case.dice, case.case_id))
-    if len(ranked) < 8:
-        return [("test", case) for case in ranked]
-    middle = (len(ranked) - 3) // 2
-    middle = min(max(middle, 3), len(ranked) - 5)
-    return [
-        *(("worst", case) for case in ranked[:3]),
-        *(("middle", case) for case in ranked[middle : middle + 3]),
-        *(("best", case) for case in ranked[-2:]),
-    ]
+    return extremes(ranked, few="test")
 
 
-def _panels(folder: DemoFolder, case: ShownCase, truth: np.ndarray, brightest: float) -> tuple[Panel, ...]:
+def _view(folder: DemoFolder, case: ShownCase, truth: np.ndarray, brightest: float) -> SliceView:
     name = f"{case.case_id}.png"
-    image = read_image(folder.scans / name).pixels
-    prediction = read_label_map(folder.masks / name, num_classes=2)
-    panels = [
-        Panel("image", webp_source(image)),
-        Panel("ground truth", webp_source(overlay(image, truth))),
-        Panel("prediction", webp_source(overlay(image, prediction))),
-    ]
-    spread = _uncertainty(folder, case.case_id)
-    if spread is not None:
-        panels.append(Panel("uncertainty", webp_source(heat_map(spread, highest=brightest))))
-    return tuple(panels)
+    return slice_view(
+        case.case_id,
+        read_image(folder.scans / name).pixels,
+        read_label_map(folder.masks / name, num_classes=2),
+        truth=truth,
+        uncertainty=_uncertainty(folder, case.case_id),
+        brightest=brightest,
+    )
 
 
 def _uncertainty(folder: DemoFolder, case_id: str) -> np.ndarray | None:
@@ -282,9 +275,18 @@ def _uncertainty(folder: DemoFolder, case_id: str) -> np.ndarray | None:
         return np.asarray(stored).astype(np.float64) / 65535 / 2
 
 
-def _legend(classes: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (name, "rgb({}, {}, {})".format(*colour_of(label))) for label, name in enumerate(classes) if label > 0
+def _case_table(cases: Sequence[ShownCase]) -> CaseTable:
+    ranked = sorted(cases, key=lambda case: -1.0 if math.isnan(case.dice) else case.dice)
+    rows = [
+        (case.case_id, decimals(case.dice), decimals(case.otsu), decimals(case.uncertainty))
+        for case in ranked
+    ]
+    return CaseTable(
+        "All test images",
+        "The worst first. Uncertainty is summed over the image, per predicted foreground pixel.",
+        ("case", "Dice", "Otsu threshold", "uncertainty"),
+        tuple(rows),
+        limit_column=1,
     )
 
 
@@ -332,14 +334,11 @@ def _curve(
 
 
 def _uncertainty_chart(cases: Sequence[ShownCase]) -> Chart | None:
-    from scipy.stats import spearmanr
-
     known = [case for case in cases if math.isfinite(case.uncertainty) and math.isfinite(case.dice)]
     if len(known) < 4:
         return None
     x, y = [case.uncertainty for case in known], [1 - case.dice for case in known]
-    varies = len(set(x)) > 1 and len(set(y)) > 1
-    rank = f"{float(spearmanr(x, y).statistic):.2f}" if varies else "undefined"
+    rank = decimals(rank_correlation(x, y))
     drawing = line_chart(
         [Series("images", x, y, marks=True, line=False)],
         x_label="uncertainty per foreground pixel",
@@ -396,10 +395,10 @@ def _facts(
         "Fingerprint": manifest.fingerprint,
         "Parameters": _listed({name: f"{count:,}" for name, count in parameters.items()}),
         "Checkpoint": (
-            f"step {best.get('step', '?')}, validation Dice {_decimals(best.get('validation_dice'))}"
+            f"step {best.get('step', '?')}, validation Dice {decimals(best.get('validation_dice'))}"
         ),
         "Masks shown": (
-            f"from sdseg predict, mean Dice {_decimals(shown)}; the scores are from sdseg evaluate, "
+            f"from sdseg predict, mean Dice {decimals(shown)}; the scores are from sdseg evaluate, "
             "with the recipe's number of draws"
         ),
         "Empty masks": scores["convention_meaning"],
@@ -448,10 +447,6 @@ def _number(value: Any) -> float:
 def _picture_source(path: Path) -> str:
     with Image.open(path) as picture:
         return webp_source(np.asarray(picture.convert("RGB")), longest=SHEET_SIDE)
-
-
-def _decimals(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

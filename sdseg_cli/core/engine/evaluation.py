@@ -15,8 +15,10 @@ import numpy as np
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.data.volumes import is_volume
+from sdseg_cli.core.engine.report_parts import BEST, MIDDLE, MOST_VIEWS, WORST, evenly
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
+from sdseg_cli.core.metrics.calibration import count_reliability
 from sdseg_cli.core.metrics.overlap import (
     Convention,
     Counts,
@@ -24,6 +26,7 @@ from sdseg_cli.core.metrics.overlap import (
     dice,
     iou,
     precision,
+    predicted_dice,
     recall,
     sum_counts,
 )
@@ -34,7 +37,7 @@ from sdseg_cli.core.reporting.tables import cell, interval_cell
 
 if TYPE_CHECKING:
     from sdseg_cli.core.data.prepared import DatasetManifest, PreparedSlice, SplitView
-    from sdseg_cli.core.engine.inference import Predictor, SliceInput
+    from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
     from sdseg_cli.core.engine.processes import Processes
 
 GridName = Literal["case", "model"]
@@ -59,11 +62,18 @@ DISTANCE_TEXT = (
 
 @dataclass(frozen=True)
 class CasePicture:
-    """What is needed to show a case: image uint8 (H, W, 3), truth and prediction uint8 (H, W)."""
+    """What is needed to show a slice: image uint8 (H, W, 3), truth and prediction uint8 (H, W).
+
+    ``uncertainty``, where several draws gave one, is the standard deviation times 510, uint8 (H, W). ``grid``
+    is the way back from the model's grid, where the arrays lie on it.
+    """
 
     image: np.ndarray
     ground_truth: np.ndarray
     prediction: np.ndarray
+    uncertainty: np.ndarray | None = None
+    slice_index: int = 0
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,12 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class CaseScores:
-    """The scores of one case: all its slices together, one entry per foreground class."""
+    """The scores of one case: all its slices together, one entry per foreground class.
+
+    ``predicted_dice`` is how far the draws of the prediction agree, NaN with one draw; ``reliability`` counts
+    probability against truth, float64 (classes, bins, 3), where there are probabilities. ``picture`` shows
+    the worst slice, ``stack`` up to MOST_VIEWS slices in order, that one among them.
+    """
 
     case_id: str
     group: str
@@ -100,6 +115,9 @@ class CaseScores:
     unit: str  # of the distances: "mm" or "px"
     classes: tuple[ClassScores, ...]
     picture: CasePicture | None = None
+    predicted_dice: float = math.nan
+    reliability: np.ndarray | None = None
+    stack: tuple[CasePicture, ...] = ()
 
     @property
     def dice(self) -> float:
@@ -193,7 +211,7 @@ def evaluate_split(
     for prediction in predictor(inputs):
         current = pending.popleft()
         is_stack = len(positions[current.case_id]) > 1
-        parts.append(_score_slice(prediction.label_map, current, len(classes), grid, is_stack=is_stack))
+        parts.append(_score_slice(prediction, current, len(classes), grid, is_stack=is_stack))
         if len(parts) == len(positions[current.case_id]):
             parts = _with_volume_distances(parts, len(classes))
             yield _score_case(current.case_id, current.group, parts, classes, convention)
@@ -225,13 +243,15 @@ class _SliceScores:
     surfaces: tuple[SurfaceScores, ...]
     has_spacing: bool
     picture: CasePicture
+    overlaps: np.ndarray | None = None
+    reliability: np.ndarray | None = None
     plane: _Plane | None = None  # of a stack, until its distances are measured
 
 
 def _score_slice(
-    label_map: np.ndarray, current: PreparedSlice, num_classes: int, grid: GridName, *, is_stack: bool
+    prediction: SlicePrediction, current: PreparedSlice, num_classes: int, grid: GridName, *, is_stack: bool
 ) -> _SliceScores:
-    truth, spacing = current.label_map, current.spacing_mm
+    label_map, truth, spacing = prediction.label_map, current.label_map, current.spacing_mm
     if grid == "model":
         truth = current.grid.labels_to_model(truth)
         spacing = _model_spacing(spacing, current.grid)
@@ -240,13 +260,43 @@ def _score_slice(
             f"case {current.case_id!r}: prediction is {_size(label_map)}, ground truth {_size(truth)}"
         )
     shown = label_map if grid == "model" else current.grid.labels_to_model(label_map)
-    picture = CasePicture(current.image, current.grid.labels_to_model(current.label_map), shown)
-    counts = count_classes(label_map, truth, num_classes)
+    picture = CasePicture(
+        current.image,
+        current.grid.labels_to_model(current.label_map),
+        shown,
+        _stored_spread(prediction.uncertainty, current.grid, grid),
+        current.slice_index,
+        current.grid,
+    )
+    plane: _Plane | None = None
+    surfaces: tuple[SurfaceScores, ...] = ()
     if is_stack:  # its distances are those of the volume, measured when all its slices are there
         plane = _Plane(label_map, truth, current.slice_index, spacing)
-        return _SliceScores(counts, (), spacing is not None, picture, plane)
-    surfaces = _surfaces(label_map, truth, num_classes, None if spacing is None else spacing[-2:])
-    return _SliceScores(counts, surfaces, spacing is not None, picture)
+    else:
+        surfaces = _surfaces(label_map, truth, num_classes, None if spacing is None else spacing[-2:])
+    return _SliceScores(
+        count_classes(label_map, truth, num_classes),
+        surfaces,
+        spacing is not None,
+        picture,
+        prediction.overlaps,
+        _reliability(prediction.probabilities, truth),
+        plane,
+    )
+
+
+def _stored_spread(spread: np.ndarray | None, grid: Grid, scored_on: GridName) -> np.ndarray | None:
+    """The spread of the draws on the model's grid, uint8: a picture is kept for many cases."""
+    if spread is None or np.isnan(spread).all():
+        return None
+    stored = np.rint(np.clip(spread, 0, 0.5) * 510).astype(np.uint8)
+    return stored if scored_on == "model" else grid.labels_to_model(stored)
+
+
+def _reliability(probabilities: np.ndarray | None, truth: np.ndarray) -> np.ndarray | None:
+    if probabilities is None:
+        return None
+    return np.stack([count_reliability(probabilities[k], truth == k) for k in range(1, len(probabilities))])
 
 
 def _model_spacing(spacing_mm: tuple[float, ...] | None, grid: Grid) -> tuple[float, ...] | None:
@@ -304,7 +354,28 @@ def _score_case(
         scores.append(_class_scores(name, counts, parts[0].surfaces[index], convention))
     worst = max(parts, key=lambda part: sum(c.false_positive + c.false_negative for c in part.counts))
     unit = "mm" if all(part.has_spacing for part in parts) else "px"
-    return CaseScores(case_id, group, len(parts), unit, tuple(scores), worst.picture)
+    overlaps = [part.overlaps for part in parts if part.overlaps is not None]
+    reliable = [part.reliability for part in parts if part.reliability is not None]
+    return CaseScores(
+        case_id,
+        group,
+        len(parts),
+        unit,
+        tuple(scores),
+        worst.picture,
+        predicted_dice(np.sum(overlaps, axis=0)) if overlaps else math.nan,
+        np.sum(reliable, axis=0) if reliable else None,
+        _stack([part.picture for part in parts], worst.picture),
+    )
+
+
+def _stack(pictures: Sequence[CasePicture], worst: CasePicture) -> tuple[CasePicture, ...]:
+    """Slices that hold anything, evenly chosen if they are many, and the worst one in any case."""
+    filled = [picture for picture in pictures if picture.ground_truth.any() or picture.prediction.any()]
+    chosen = [filled[position] for position in evenly(len(filled), MOST_VIEWS - 1)]
+    if not any(picture is worst for picture in chosen):
+        chosen.append(worst)
+    return tuple(sorted(chosen, key=lambda picture: picture.slice_index))
 
 
 def _class_scores(name: str, counts: Counts, surface: SurfaceScores, convention: Convention) -> ClassScores:
@@ -458,21 +529,41 @@ def _score_pair(
 # ---- collecting and summing up --------------------------------------------------------------------------
 
 
-def keep_worst_pictures(
-    records: Iterable[CaseScores | FailedCase], count: int
+def keep_pictures(
+    records: Iterable[CaseScores | FailedCase], count: int, *, worst: int = WORST + MIDDLE, best: int = BEST
 ) -> list[CaseScores | FailedCase]:
-    """Read records and drop the pictures of all but the ``count`` worst, so that memory stays bounded."""
+    """Read records and drop pictures that will not be shown, so that memory stays bounded.
+
+    The ``count`` worst cases keep their picture; the ``worst`` worst and the ``best`` best their stack of
+    slices, and the best their picture too. Which cases are in the middle is known only when all are read:
+    they are scored once more (see :func:`sdseg_cli.core.engine.evaluation_page.with_middle_pictures`).
+    """
     kept: list[CaseScores | FailedCase] = []
-    worst: list[tuple[float, int]] = []  # a heap of (badness, -position): its head is the first to go
+    heaps: tuple[list[tuple[float, int]], ...] = ([], [], [])  # of (rank, -position): the head goes first
+    most = (max(count, worst), worst, best)
     for position, record in enumerate(records):
         kept.append(record)
         if isinstance(record, FailedCase):
             continue
-        heapq.heappush(worst, (record.badness, -position))
-        if len(worst) > count:
-            _, dropped = heapq.heappop(worst)
-            kept[-dropped] = replace(cast("CaseScores", kept[-dropped]), picture=None)
+        goodness = -record.badness if record.badness >= 0 else -math.inf  # nothing to find is not the best
+        for heap, rank in zip(heaps, (record.badness, record.badness, goodness), strict=True):
+            heapq.heappush(heap, (rank, -position))
+        full = [heap for heap, size in zip(heaps, most, strict=True) if len(heap) > size]
+        for other in [-heapq.heappop(heap)[1] for heap in full]:
+            kept[other] = _without_pictures(cast("CaseScores", kept[other]), other, heaps)
     return kept
+
+
+def _without_pictures(
+    record: CaseScores, position: int, heaps: Sequence[Sequence[tuple[float, int]]]
+) -> CaseScores:
+    """Drop what no heap of (pictured, worst, best) asks for any more."""
+    pictured, worst, best = (any(-other == position for _, other in heap) for heap in heaps)
+    return replace(
+        record,
+        picture=record.picture if pictured or best else None,
+        stack=record.stack if worst or best else (),
+    )
 
 
 def worst_cases(scores: Sequence[CaseScores], count: int) -> list[CaseScores]:
@@ -495,6 +586,7 @@ def case_rows(scores: Sequence[CaseScores]) -> list[dict[str, Any]]:
             "predicted_px": entry.counts.predicted,
             "agreed_px": entry.counts.true_positive,
             "outcome": entry.outcome,
+            "predicted_dice": record.predicted_dice,
         }
         for record in scores
         for entry in record.classes
@@ -512,6 +604,7 @@ CASE_COLUMNS: tuple[str, ...] = (
     "predicted_px",
     "agreed_px",
     "outcome",
+    "predicted_dice",
 )
 
 

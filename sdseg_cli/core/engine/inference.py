@@ -20,11 +20,12 @@ from sdseg_cli.core.engine.acceleration import (
     undo_compile,
     use_channels_last,
 )
+from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.errors import OutOfMemoryError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.exported import ExportedModel, load_exported
-from sdseg_cli.core.model.pipeline import SDSegPipeline, on_case_grid
+from sdseg_cli.core.model.pipeline import SDSegPipeline, draw_overlaps, on_case_grid
 from sdseg_cli.core.model.weights import load_pipeline, replace_decoder
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class SlicePrediction:
         probabilities: float32, (K, H, W), mean over the samples.
         uncertainty: float32, (H, W), standard deviation over the samples; NaN for a single one.
         samples: float32, (N, K, H, W), or None.
+        overlaps: int64, (K - 1, N, N), pixels that the masks of two samples share; of all slices of a case
+            added up, :func:`~sdseg_cli.core.metrics.overlap.predicted_dice` makes the case's score of them.
     """
 
     case_id: str
@@ -64,6 +67,7 @@ class SlicePrediction:
     probabilities: np.ndarray
     uncertainty: np.ndarray
     samples: np.ndarray | None
+    overlaps: np.ndarray | None = None
 
 
 class Predictor:
@@ -80,6 +84,9 @@ class Predictor:
         threshold: for binary masks.
         grid: ``case`` for predictions on each slice's own grid, ``model`` for the square one.
         return_samples: keep every draw's probabilities.
+        flips: ``horizontal``, ``vertical`` or both: mirrored images are predicted too, as further draws.
+        largest_component: keep the largest connected component of every class of the label map, slice by
+            slice; probabilities, uncertainty and draws stay as they are.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
     """
 
@@ -95,6 +102,8 @@ class Predictor:
         threshold: float = 0.5,
         grid: Literal["case", "model"] = "case",
         return_samples: bool = False,
+        flips: Sequence[str] = (),
+        largest_component: bool = False,
         precision: str = "fp32",
     ) -> None:
         self.pipeline = pipeline
@@ -109,6 +118,8 @@ class Predictor:
         self.threshold = threshold
         self.grid = grid
         self.return_samples = return_samples
+        self.flips = tuple(flips)
+        self.largest_component = largest_component
         self.precision = precision
 
     @property
@@ -231,6 +242,7 @@ class Predictor:
                 case_ids=[item.case_id for item in batch],
                 slice_indices=[item.slice_index for item in batch],
                 first_sample=self.first_sample,
+                flips=self.flips,
                 pad_to=self.batch_size if self._compiled else 0,
             )
 
@@ -241,11 +253,15 @@ class Predictor:
         return SlicePrediction(
             case_id=item.case_id,
             slice_index=item.slice_index,
-            label_map=label_map,
+            label_map=self._cleaned(label_map),
             probabilities=mean,
             uncertainty=uncertainty,
             samples=on_case if self.return_samples else None,
+            overlaps=draw_overlaps(on_case, self.threshold),
         )
+
+    def _cleaned(self, label_map: np.ndarray) -> np.ndarray:
+        return keep_largest_components(label_map) if self.largest_component else label_map
 
     def _autocast(self) -> AbstractContextManager:
         dtype = _PRECISIONS[self.precision]

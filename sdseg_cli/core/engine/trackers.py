@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from sdseg_cli.core.errors import UsageError
@@ -38,6 +40,25 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, run: RunDirectory) 
         config=flat_settings(recipe),
         init_kwargs={name: named[name] for name in recipe.train.trackers if name in named},
     )
+
+
+def track_picture(accelerator: Accelerator, name: str, path: Path, picture: np.ndarray, step: int) -> None:
+    """Show a picture in the recipe's trackers, each in its own way; on the main process alone.
+
+    Args:
+        accelerator: with started trackers.
+        name: of the series of pictures.
+        path: the file it was written to.
+        picture: uint8, (H, W, 3).
+        step: optimiser step it belongs to.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [picture]}, step=step)
+        elif tracker.name == "mlflow":  # has no pictures by step, but keeps files
+            tracker.log_artifact(str(path), artifact_path=name)
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:

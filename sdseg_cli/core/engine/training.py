@@ -40,7 +40,7 @@ from sdseg_cli.core.engine.networks import (
 )
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.engine.stopping import Stop, graceful_stop
-from sdseg_cli.core.engine.trackers import check_trackers, start_trackers
+from sdseg_cli.core.engine.trackers import check_trackers, start_trackers, track_picture
 from sdseg_cli.core.engine.training_data import (
     DrawSettings,
     StepBatches,
@@ -469,7 +469,8 @@ class Training:
                 self.progress.validations_without_improvement += 1
         picture = self.directory.validation / f"step-{step:06d}.png"
         if self.processes.is_main:
-            result.write_picture(picture)
+            drawn = result.write_picture(picture)
+            track_picture(self.accelerator, "validation", picture, drawn, step)
             self._record({"step": step, "validation_dice": result.dice, **_per_class(result)})
             training_curves(self.directory.read_metrics(), self.directory.root / "curves.png")
         self.processes.wait()

@@ -29,9 +29,11 @@ class Validation:
     dice_per_class: dict[str, float]
     pictures: list[tuple] = field(default_factory=list)
 
-    def write_picture(self, path: Path) -> None:
-        """Write the grid of image, ground truth, prediction and probability."""
-        write_png(path, prediction_grid(self.pictures))
+    def write_picture(self, path: Path) -> np.ndarray:
+        """Write the grid of image, ground truth, prediction and probability; returns it, uint8 (H, W, 3)."""
+        picture = prediction_grid(self.pictures)
+        write_png(path, picture)
+        return picture
 
 
 def validate(
@@ -51,7 +53,7 @@ def validate(
         pipeline: the networks as they are now, in evaluation mode.
         split: what to predict.
         processes: cases are shared among them.
-        sampling: steps, samples and threshold.
+        sampling: steps, samples, threshold, flips and largest component.
         seed: names the noise.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         limit: score only the first cases; 0 for all.
@@ -72,6 +74,8 @@ def validate(
         num_inference_steps=sampling.num_inference_steps,
         num_samples=sampling.num_samples,
         threshold=sampling.threshold,
+        flips=sampling.flips,
+        largest_component=sampling.largest_component,
         grid="model",
         precision=precision,
     )

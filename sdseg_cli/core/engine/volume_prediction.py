@@ -20,7 +20,8 @@ from sdseg_cli.core.data.dicom import read_series
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_volume, write_label_volume, write_probability_volume
-from sdseg_cli.core.engine.prediction import CasePrediction, count_pixels
+from sdseg_cli.core.engine.postprocessing import keep_largest_components
+from sdseg_cli.core.engine.prediction import CasePrediction, agreement, count_pixels
 from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError
 from sdseg_cli.core.grid import Grid
@@ -150,11 +151,26 @@ class _Case:
             np.zeros((*shape, channels), np.float32) if task.probabilities is not None else None
         )
         self.uncertainty = np.zeros(shape, np.float32) if task.uncertainty is not None else None
+        self.overlaps: np.ndarray | None = None
 
     def predict(self) -> None:
         """Fill the label volume, slice by slice; predictions come back in the order of the slices."""
+        whole = getattr(self.predictor, "largest_component", False)
+        self.predictor.largest_component = (
+            False  # of a volume it is one of its parts, not one of each slice's
+        )
+        try:
+            self._predict_slices()
+        finally:
+            self.predictor.largest_component = whole
+        if whole:
+            self.labels = keep_largest_components(self.labels)
+
+    def _predict_slices(self) -> None:
         for index, prediction in enumerate(self.predictor(self._inputs())):
             self.labels[index] = prediction.label_map
+            if prediction.overlaps is not None:  # counts of pixels: those of the slices add up
+                self.overlaps = prediction.overlaps + (0 if self.overlaps is None else self.overlaps)
             if self.probabilities is not None:
                 kept = prediction.probabilities[1:] if len(self.classes) == 2 else prediction.probabilities
                 self.probabilities[index] = np.moveaxis(kept, 0, -1)
@@ -247,6 +263,7 @@ class _Case:
             components=components,
             volumes_ml={name: count * voxel_ml for name, count in areas.items()},
             mean_uncertainty=None if self.uncertainty is None else float(self.uncertainty.mean()),
+            predicted_dice=agreement(self.overlaps),
             notes=tuple(self.notes),
         )
 

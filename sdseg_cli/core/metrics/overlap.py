@@ -168,6 +168,34 @@ def dice_agreement(first: np.ndarray, second: np.ndarray) -> float:
     return 2 * float(np.minimum(first, second).sum(dtype=np.float64)) / total
 
 
+def predicted_dice(overlaps: np.ndarray) -> float:
+    """Predict the Dice of a case from how far its draws agree: the mean Dice over all pairs of draws.
+
+    Pairwise agreement of sampled segmentations as a proxy of quality follows Roy et al. (2019).
+
+    Args:
+        overlaps: int, (K, N, N): for each of K foreground classes the pixels that draws i and j share, on the
+            diagonal the areas; those of a case's slices added up.
+
+    Returns:
+        In [0, 1]: the mean over the classes that at least one draw holds. NaN with fewer than two draws, and
+        where no draw holds any class: there is nothing that could agree.
+    """
+    draws = overlaps.shape[-1]
+    if draws < 2:
+        return math.nan
+    first, second = np.triu_indices(draws, k=1)
+    values = []
+    for shared in overlaps.astype(np.float64):
+        areas = np.diagonal(shared)
+        if not areas.any():
+            continue
+        total = areas[first] + areas[second]
+        # Two draws that are both empty agree; see dice_agreement.
+        values.append(np.where(total > 0, 2 * shared[first, second] / np.maximum(total, 1), 1.0).mean())
+    return float(np.mean(values)) if values else math.nan
+
+
 def _scored(counts: Counts, convention: Convention, formula: Callable[[Counts], float]) -> float:
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")

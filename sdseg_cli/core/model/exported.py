@@ -16,7 +16,7 @@ from torch import nn
 from sdseg_cli.core.errors import ModelError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Resize
-from sdseg_cli.core.model.pipeline import SDSegPipeline, scores_to_probabilities
+from sdseg_cli.core.model.pipeline import SDSegPipeline, mirrored_axes, scores_to_probabilities
 from sdseg_cli.core.seeding import generator_for
 
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml"}
@@ -37,6 +37,7 @@ class ExportConfig:
         noise_shape: (C, h, w) of the noise of one image, or None for a model that takes none.
         noise: ``gaussian`` or ``zeros``.
         max_abs_deviation: of the probabilities from those of the pipeline, as measured.
+        training_data: what the pipeline knows of it: name and fingerprint, window and axis of volumes.
     """
 
     format: str
@@ -47,6 +48,7 @@ class ExportConfig:
     noise_shape: tuple[int, int, int] | None
     noise: str
     max_abs_deviation: float = 0.0
+    training_data: dict[str, Any] | None = None
 
 
 class OneStep(nn.Module):
@@ -142,6 +144,7 @@ def export(pipeline: SDSegPipeline, folder: Path, kind: str) -> ExportConfig:
         noise_shape=shape,
         noise=pipeline.config.noise,
         max_abs_deviation=deviation,
+        training_data=dict(pipeline.config.training_data),
     )
     (folder / EXPORT_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     return config
@@ -200,6 +203,7 @@ class ExportedModel:
         case_ids: Sequence[str],
         slice_indices: Sequence[int],
         first_sample: int = 0,
+        flips: Sequence[str] = (),
         pad_to: int = 0,
     ) -> np.ndarray:
         """Draw probabilities on the model's grid, as :meth:`SDSegPipeline.sample` does, with its noise.
@@ -213,13 +217,15 @@ class ExportedModel:
                 "--steps 1, or the model that it was exported from."
             )
         pixels = np.ascontiguousarray(np.moveaxis(np.stack(images), -1, 1))
-        given = {"image": pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)}
+        inputs = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
         drawn = []
-        for sample_index in range(first_sample, first_sample + num_samples):
-            if self.config.noise_shape is not None:
-                keys = zip(case_ids, slice_indices, strict=True)
-                given["noise"] = self._noise([(seed, *key, sample_index) for key in keys])
-            drawn.append(self._run(given))
+        for axes in mirrored_axes(flips):
+            given = {"image": np.ascontiguousarray(np.flip(inputs, axes))}
+            for sample_index in range(first_sample, first_sample + num_samples):
+                if self.config.noise_shape is not None:
+                    keys = zip(case_ids, slice_indices, strict=True)
+                    given["noise"] = self._noise([(seed, *key, sample_index) for key in keys])
+                drawn.append(np.flip(self._run(given), axes))
         return np.stack(drawn, axis=1)
 
     def _noise(self, keys: Sequence[tuple[str | int, ...]]) -> np.ndarray:

@@ -35,12 +35,16 @@ class SDSegOutput(BaseOutput):
         uncertainty: float32, (H, W): standard deviation over the samples of the foreground probabilities,
             the largest over the classes, in [0, 0.5]; NaN where only one sample was drawn.
         samples: float32, (N, K, H, W), the probabilities of every sample, or None if not asked for.
+        overlaps: int64, (K - 1, N, N), pixels that two samples' masks share, see :func:`draw_overlaps`.
+
+    A test-time flip makes further samples: N is ``num_samples`` times the number of views.
     """
 
     label_maps: list[np.ndarray]
     probabilities: list[np.ndarray]
     uncertainty: list[np.ndarray]
     samples: list[np.ndarray] | None
+    overlaps: list[np.ndarray]
 
 
 class SDSegPipeline(DiffusionPipeline):
@@ -156,6 +160,7 @@ class SDSegPipeline(DiffusionPipeline):
         threshold: float = 0.5,
         grids: Sequence[Grid] | None = None,
         return_samples: bool = False,
+        flips: Sequence[str] = (),
     ) -> SDSegOutput:
         """Segment images.
 
@@ -172,6 +177,9 @@ class SDSegPipeline(DiffusionPipeline):
             threshold: foreground probability above which a pixel of a binary mask is foreground.
             grids: given, the images are already on the model's grid, and these say where they come from.
             return_samples: also return every sample's probabilities.
+            flips: ``horizontal``, ``vertical`` or both: the mirrored images are predicted too (with both,
+                also the one mirrored twice), from the same noise, and their probabilities mirrored back.
+                Every view makes ``num_samples`` further samples.
 
         Returns:
             Label maps, probabilities and uncertainty on each image's own grid.
@@ -199,15 +207,17 @@ class SDSegPipeline(DiffusionPipeline):
             case_ids=case_ids,
             slice_indices=slice_indices,
             first_sample=first_sample,
+            flips=flips,
         )
 
         # 3. Back to every image's own grid, and only then to classes
-        output = SDSegOutput([], [], [], [] if return_samples else None)
+        output = SDSegOutput([], [], [], [] if return_samples else None, [])
         for grid, own in zip(grids, samples, strict=True):
             label_map, mean, uncertainty, on_case = on_case_grid(own, grid, threshold)
             output.label_maps.append(label_map)
             output.probabilities.append(mean)
             output.uncertainty.append(uncertainty)
+            output.overlaps.append(draw_overlaps(on_case, threshold))
             if output.samples is not None:
                 output.samples.append(on_case)
         return output
@@ -223,6 +233,7 @@ class SDSegPipeline(DiffusionPipeline):
         case_ids: Sequence[str],
         slice_indices: Sequence[int],
         first_sample: int = 0,
+        flips: Sequence[str] = (),
         pad_to: int = 0,
     ) -> np.ndarray:
         """Draw probabilities on the model's grid; the arguments are those of the call.
@@ -235,29 +246,32 @@ class SDSegPipeline(DiffusionPipeline):
             case_ids: names of the cases.
             slice_indices: which slice of its case each image is.
             first_sample: index of the first draw.
+            flips: see the call.
             pad_to: images that the networks are given at least: a compiled graph is made for one shape. What
                 is added is thrown away.
 
         Returns:
-            float32, (B, N, K, S, S).
+            float32, (B, N, K, S, S); N counts the samples of every view.
         """
         # Padded before they become tensors: other strides would be another graph.
         blanks = [np.zeros_like(images[0])] * (pad_to - len(images))
         inputs = self.normalise(np.stack([*images, *blanks]))  # (B, 3, S, S)
-        conditioning = self.image_encoder(inputs) if self.is_diffusion else None
         drawn = []
-        for sample_index in range(first_sample, first_sample + num_samples):
-            if conditioning is None:
-                probabilities = self.unet(inputs).float().softmax(dim=1)
-            else:
-                keys = [
-                    (seed, case, index, sample_index)
-                    for case, index in zip(case_ids, slice_indices, strict=True)
-                ]
-                noise = _padded(self.draw_noise(keys), pad_to)
-                scores = self.denoise(conditioning, noise, num_inference_steps)
-                probabilities = scores_to_probabilities(scores)
-            drawn.append(probabilities[: len(images)].cpu().numpy())
+        for axes in mirrored_axes(flips):
+            view = inputs.flip(axes) if axes else inputs
+            conditioning = self.image_encoder(view) if self.is_diffusion else None
+            for sample_index in range(first_sample, first_sample + num_samples):
+                if conditioning is None:
+                    probabilities = self.unet(view).float().softmax(dim=1)
+                else:
+                    keys = [
+                        (seed, case, index, sample_index)
+                        for case, index in zip(case_ids, slice_indices, strict=True)
+                    ]
+                    noise = _padded(self.draw_noise(keys), pad_to)
+                    scores = self.denoise(conditioning, noise, num_inference_steps)
+                    probabilities = scores_to_probabilities(scores)
+                drawn.append(probabilities[: len(images)].flip(axes).cpu().numpy())
         return np.stack(drawn, axis=1)
 
     def normalise(self, images: np.ndarray) -> torch.Tensor:
@@ -366,6 +380,20 @@ def _padded(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
 
 
+def mirrored_axes(flips: Sequence[str]) -> list[tuple[int, ...]]:
+    """The views of an image under ``flips``: which axes of (B, C, H, W) each mirrors, the plain one first.
+
+    Raises:
+        ValueError: a word is neither ``horizontal`` nor ``vertical``.
+    """
+    axis_of = {"horizontal": 3, "vertical": 2}
+    unknown = [word for word in flips if word not in axis_of]
+    if unknown:
+        raise ValueError(f"flips holds {unknown[0]!r}, expected horizontal or vertical")
+    axes = [axis_of[word] for word in dict.fromkeys(flips)]
+    return [(), *((axis,) for axis in axes), *([tuple(axes)] if len(axes) == 2 else [])]
+
+
 def scores_to_probabilities(scores: torch.Tensor) -> torch.Tensor:
     """Turn decoded scores into class probabilities.
 
@@ -394,6 +422,28 @@ def probabilities_to_labels(probabilities: np.ndarray, threshold: float = 0.5) -
     if len(probabilities) == 2:
         return (probabilities[1] > threshold).astype(np.uint8)
     return probabilities.argmax(axis=0).astype(np.uint8)
+
+
+def draw_overlaps(samples: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Count the pixels that the masks of each two samples share.
+
+    Args:
+        samples: float32, (N, K, H, W), probabilities.
+        threshold: for two classes, as in :func:`probabilities_to_labels`.
+
+    Returns:
+        int64, (K - 1, N, N), one matrix a foreground class: entry (i, j) counts the pixels that are of the
+        class in both sample i and sample j, the diagonal the areas. The counts of a case's slices add up.
+    """
+    label_maps = np.stack([probabilities_to_labels(sample, threshold).ravel() for sample in samples])
+    shared = np.zeros((samples.shape[1] - 1, len(samples), len(samples)), np.int64)
+    # A product of matrices, in pieces that float32 counts exactly.
+    for start in range(0, label_maps.shape[1], 1 << 20):
+        piece = label_maps[:, start : start + (1 << 20)]
+        for index in range(len(shared)):
+            masks = (piece == index + 1).astype(np.float32)
+            shared[index] += np.rint(masks @ masks.T).astype(np.int64)
+    return shared
 
 
 def _spread(samples: np.ndarray) -> np.ndarray:

@@ -103,6 +103,31 @@ def overlay(
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
+def mask_layer(label_map: np.ndarray, *, alpha: float = 0.35) -> np.ndarray:
+    """Draw a label map as a layer to lay over its image: areas in the colours of their classes, with edges.
+
+    Args:
+        label_map: uint8, (H, W); 0 is left transparent.
+        alpha: opacity inside the areas, [0, 1]; their edges are opaque.
+
+    Returns:
+        uint8, (H, W, 4).
+    """
+    inside = label_map > 0
+    layer = np.zeros((*label_map.shape, 4), np.uint8)
+    layer[inside, :3] = _colours(label_map)[inside]
+    layer[inside, 3] = round(255 * alpha)
+    layer[_edge(label_map, _line_width(label_map.shape)), 3] = 255
+    return layer
+
+
+def outline_layer(label_map: np.ndarray) -> np.ndarray:
+    """Draw the edges of a label map in white, as a layer; uint8, (H, W, 4)."""
+    layer = np.zeros((*label_map.shape, 4), np.uint8)
+    layer[_edge(label_map, _line_width(label_map.shape))] = (*_TRUTH, 255)
+    return layer
+
+
 def contact_sheet(
     items: Sequence[tuple[str, np.ndarray, np.ndarray]],
     columns: int = 6,

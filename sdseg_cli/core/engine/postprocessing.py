@@ -1,0 +1,28 @@
+"""What may be done to a label map after the classes are chosen, by name in the recipe."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def keep_largest_components(label_map: np.ndarray) -> np.ndarray:
+    """Keep the largest connected component of every foreground class; the rest becomes background.
+
+    Args:
+        label_map: uint8, (H, W) or (D, H, W), class indices.
+
+    Returns:
+        uint8, the same shape. Pixels that touch at a corner are connected; of components of equal size the
+        first in reading order stays.
+    """
+    from skimage.measure import label
+
+    kept = label_map.copy()
+    for index in np.unique(label_map):
+        if index == 0:
+            continue
+        components = label(label_map == index, connectivity=label_map.ndim)
+        sizes = np.bincount(components.ravel())[1:]
+        if len(sizes) > 1:
+            kept[(components > 0) & (components != 1 + sizes.argmax())] = 0
+    return kept
