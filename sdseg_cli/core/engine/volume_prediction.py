@@ -157,7 +157,7 @@ class _Case:
         """Fill the label volume, slice by slice; predictions come back in the order of the slices."""
         whole = getattr(self.predictor, "largest_component", False)
         self.predictor.largest_component = (
-            False  # of a volume it is one of its parts, not one of each slice's
+            False  # it is a part of the volume, not of a slice
         )
         try:
             self._predict_slices()
