@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -601,3 +602,31 @@ def test_planning_needs_no_torch():
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# A model that was trained on a part of its pictures
+
+
+def fundus() -> np.ndarray:
+    """A dark red photograph, 120 x 160, with a bright disc about 16 pixels wide around (40, 110)."""
+    rows, columns = np.mgrid[:120, :160]
+    image = np.full((120, 160, 3), (90, 30, 10), np.uint8)
+    image[(rows - 40) ** 2 + (columns - 110) ** 2 < 8**2] = (250, 220, 120)
+    return image
+
+
+@pytest.mark.parametrize(("crop", "is_part"), [("bright", True), ("truth", False), (None, False)])
+def test_a_model_trained_on_crops_around_the_disc_is_shown_that_part(crop, is_part, tmp_path):
+    Image.fromarray(fundus()).save(tmp_path / "eye.png")
+    predictor = RedIsForeground()
+    predictor.pipeline = SimpleNamespace(config=SimpleNamespace(training_data={"crop": crop}))
+    seen = []
+    predictor.predict = lambda one: (seen.append(one.grid), RedIsForeground.predict(predictor, one))[1]
+    (record,) = predict_files(plan_predictions([tmp_path], tmp_path / "out"), predictor)
+    assert record.status == "done"
+    top, left, height, width = seen[0].seen
+    assert (height < 60) == is_part
+    assert top <= 40 < top + height
+    assert left <= 110 < left + width
+    assert read_label_map(tmp_path / "out" / "eye.png").shape == (120, 160)
+    assert any("trained on crops around the optic disc" in note for note in record.notes) == (crop == "truth")

@@ -42,6 +42,7 @@ class BrightIsForeground:
                 label_map=(level > 0.5).astype(np.uint8),
                 probabilities=np.stack([1 - level, level]),
                 uncertainty=np.full(level.shape, 0.25, np.float32),
+                overlaps=np.array([[[4, 2], [2, 4]]]),  # two draws that share half of their pixels
             )
 
 
@@ -225,3 +226,22 @@ def test_a_written_mask_keeps_the_geometry_of_another_writer(tmp_path):
     write_label_volume(tmp_path / "m.mha", np.ones(SHAPE, np.uint8), geometry)
     image = sitk.ReadImage(str(tmp_path / "m.mha"))
     assert image.GetSpacing() == pytest.approx(geometry.spacing_mm, abs=1e-9)
+
+
+def test_the_draws_of_all_slices_make_the_predicted_dice_of_the_volume(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    (record,) = predict_files(tasks, BrightIsForeground())
+    assert record.predicted_dice == pytest.approx(0.5)
+
+
+def test_the_largest_component_of_a_volume_is_one_of_its_parts_not_one_of_each_slice(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    predictor = BrightIsForeground()
+    (both,) = predict_files(tasks, predictor)
+    predictor.largest_component = True
+    (one,) = predict_files(tasks, predictor)
+    assert (both.components["lesion"], one.components["lesion"]) == (2, 1)
+    assert both.areas_px["lesion"] - one.areas_px["lesion"] == 3 * 3 * 2  # the smaller of the two
+    assert predictor.largest_component is True

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -217,6 +217,7 @@ class _ReadStream:
         self._tasks = iter(tasks)
         self._size = predictor.image_size
         self._resize = predictor.resize
+        self._crop = trained_with(predictor).get("crop")
         self._pool = pool
         self._ahead = ahead
         self._under_way: deque[tuple[PredictionTask, Future[_ReadCase]]] = deque()
@@ -252,7 +253,8 @@ class _ReadStream:
             task = next(self._tasks, None)
             if task is None:
                 return
-            self._under_way.append((task, self._pool.submit(_read_case, task, self._size, self._resize)))
+            future = self._pool.submit(_read_case, task, self._size, self._resize, self._crop)
+            self._under_way.append((task, future))
 
 
 class _Clock:
@@ -265,7 +267,16 @@ class _Clock:
         return replace(record, seconds=seconds)
 
 
-def _read_case(task: PredictionTask, size: int, resize: Literal["squeeze", "pad"]) -> _ReadCase:
+def trained_with(predictor: Predictor) -> Mapping[str, Any]:
+    """What the model says of the data it was trained on: name, fingerprint, window, axis, crop."""
+    config = getattr(getattr(predictor, "pipeline", None), "config", None)
+    return getattr(config, "training_data", None) or {}
+
+
+def _read_case(
+    task: PredictionTask, size: int, resize: Literal["squeeze", "pad"], crop: str | None
+) -> _ReadCase:
+    from sdseg_cli.core.data.fundus import around_bright_disc
     from sdseg_cli.core.engine.inference import SliceInput
 
     before = task.path.stat()
@@ -274,10 +285,14 @@ def _read_case(task: PredictionTask, size: int, resize: Literal["squeeze", "pad"
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise DataError("the file changed while it was read. Predict it again once it is complete.")
     height, width = loaded.pixels.shape[:2]
-    grid = Grid(height, width, size, resize)
+    notes = loaded.notes
+    if crop == "truth":  # which nobody has here: the user may have cropped already
+        notes += ("taken as it is: the model was trained on crops around the optic disc, give it such",)
+    box = around_bright_disc(loaded.pixels) if crop == "bright" else None
+    grid = Grid(height, width, size, resize, box)
     slice_input = SliceInput(task.case_id, 0, grid.image_to_model(loaded.pixels), grid)
     pixels = loaded.pixels if task.overlay is not None else None
-    return _ReadCase(task, slice_input, loaded.orientation, loaded.notes, pixels)
+    return _ReadCase(task, slice_input, loaded.orientation, notes, pixels)
 
 
 def _write_case(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]) -> CasePrediction:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_volume, write_label_volume, write_probability_volume
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
-from sdseg_cli.core.engine.prediction import CasePrediction, agreement, count_pixels
+from sdseg_cli.core.engine.prediction import CasePrediction, agreement, count_pixels, trained_with
 from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError
 from sdseg_cli.core.grid import Grid
@@ -53,8 +53,7 @@ class VolumeSettings:
         Raises:
             ModelError: the model states a window or an axis that is none.
         """
-        config = getattr(getattr(predictor, "pipeline", None), "config", None)
-        stated: dict[str, Any] = getattr(config, "training_data", None) or {}
+        stated = trained_with(predictor)
         window, axis = self.window, self.axis or stated.get("axis") or "axial"
         if window is None and stated.get("window") is not None:
             try:
@@ -156,9 +155,7 @@ class _Case:
     def predict(self) -> None:
         """Fill the label volume, slice by slice; predictions come back in the order of the slices."""
         whole = getattr(self.predictor, "largest_component", False)
-        self.predictor.largest_component = (
-            False  # it is a part of the volume, not of a slice
-        )
+        self.predictor.largest_component = False  # it is a part of the volume, not of a slice
         try:
             self._predict_slices()
         finally:
