@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from sdseg_cli.core.engine.familiarity import Look, observed, unfamiliar
 from sdseg_cli.core.errors import OutOfMemoryError, UsageError
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.pipeline import SDSegPipeline
@@ -67,6 +68,9 @@ class Predictor:
         grid: ``case`` for predictions on each slice's own grid, ``model`` for the square one.
         return_samples: keep every draw's probabilities.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+
+    Attributes:
+        looks: one for each slice so far, where the model knows what it was trained on.
     """
 
     def __init__(
@@ -93,6 +97,16 @@ class Predictor:
         self.grid = grid
         self.return_samples = return_samples
         self.precision = precision
+        self.looks: list[Look] = []
+
+    @property
+    def trained_on(self) -> Mapping[str, Any]:
+        """Figures of the training images, see ``describe_images``; empty where the model has none."""
+        return (self.pipeline.config.get("training_data") or {}).get("images") or {}
+
+    def warnings(self, looks: Sequence[Look]) -> list[str]:
+        """In what the images of ``looks`` are unlike those of the training; none if that is unknown."""
+        return unfamiliar(self.trained_on, looks) if self.trained_on and looks else []
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -125,7 +139,7 @@ class Predictor:
         Raises:
             OutOfMemoryError: not even one slice at a time fits.
         """
-        stream = iter(inputs)
+        stream = observed(inputs, self.looks if self.trained_on else None)
         while batch := list(islice(stream, self.batch_size)):
             yield from self._predict(batch)
 
