@@ -322,6 +322,8 @@ def _evaluate_split(
 
     scored = score(view, processes)
     scores, failed = _collect(scored, len(set(view.case_ids)), worst, processes)
+    for remark in predictor.warnings(processes.gather(predictor.looks)):
+        console.warn(remark)
     return _Evaluation(
         f"{model.reference.location}, split {split} of {dataset.manifest.name}",
         target,

@@ -293,7 +293,7 @@ class _Session:
         mine = processes.share(list(todo))
         compile_if_wanted(predictor, compiled, len(mine))
         stop = self._predict(mine, predictor, VolumeSettings(**volumes))
-        self._gather(processes, stop)
+        self._gather(processes, stop, predictor)
         if processes.is_main:
             self._finish(stop)
         if stop is not None:
@@ -312,12 +312,14 @@ class _Session:
             return error
         return None
 
-    def _gather(self, processes: Processes, stop: SdsegError | None) -> None:
+    def _gather(self, processes: Processes, stop: SdsegError | None, predictor: Predictor) -> None:
         # After a signal the other processes may be gone: waiting for them could take for ever.
         if stop is None or stop.exit_code < 128:
             fresh = [record for record in self.records if record.status != "skipped"]
             skipped = [record for record in self.records if record.status == "skipped"]
             self.records = skipped + processes.gather(fresh)
+            for remark in predictor.warnings(processes.gather(predictor.looks)):
+                console.warn(remark)
 
     def _finish(self, stop: SdsegError | None) -> None:
         try:

@@ -150,9 +150,10 @@ sdseg predict scans/ --model {name} --out masks/
 ```
 
 ```python
+from huggingface_hub import snapshot_download
 from sdseg_cli import SDSegPipeline
 
-pipeline = SDSegPipeline.from_pretrained(SDSegPipeline.download("{name}"))
+pipeline = SDSegPipeline.from_pretrained(snapshot_download("{name}"))
 ```
 
 ## Licence

@@ -30,9 +30,13 @@ class BrightIsForeground:
     """Calls bright pixels foreground and remembers the options it was made with."""
 
     image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+    looks = ()  # as a model that does not know what it was trained on
 
     def __init__(self, **options) -> None:
         self.options = options
+
+    def warnings(self, looks) -> list[str]:
+        return []
 
     def __call__(self, inputs: Iterable) -> Iterator[SimpleNamespace]:
         for one in inputs:
@@ -355,7 +359,9 @@ from pathlib import Path
 import numpy as np
 
 class Slow:
-    image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+    image_size, resize, classes, num_classes, looks = 16, "squeeze", ("background", "polyp"), 2, []
+    def warnings(self, looks):
+        return []
     def __call__(self, inputs):
         for one in inputs:
             print("predicting", flush=True)
@@ -447,7 +453,9 @@ import numpy as np
 from sdseg_cli.core.engine import inference
 
 class Marks:
-    image_size, resize, classes, num_classes = 16, "squeeze", ("background", "polyp"), 2
+    image_size, resize, classes, num_classes, looks = 16, "squeeze", ("background", "polyp"), 2, []
+    def warnings(self, looks):
+        return []
     def __call__(self, inputs):
         for one in inputs:
             Path(os.environ["MARKS"], f"{os.environ['RANK']}-{one.case_id}").touch()

@@ -1,6 +1,7 @@
 """``sdseg push`` against a stand-in for the hub: the card, what is sent, and refusals."""
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -8,14 +9,46 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from sdseg_cli.cli import main
 from sdseg_cli.core.recipe import load_recipe
 from sdseg_cli.core.run_directory import RunDirectory
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
     """Knows the calls that make a repository and a commit; every file is sent in the commit itself."""
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path in ("/api/models/me/tiny", *(f"/api/models/me/tiny/revision/{r}" for r in ("main", COMMIT))):
+            names = [{"rfilename": name} for name in self.server.files]
+            return self._answer({"id": "me/tiny", "modelId": "me/tiny", "sha": COMMIT, "siblings": names})
+        if path in (f"/api/models/me/tiny/tree/{commit}" for commit in ("main", COMMIT)):
+            return self._answer(
+                [
+                    {"type": "file", "path": name, "size": len(payload), "oid": "0"}
+                    for name, payload in self.server.files.items()
+                ]
+            )
+        name = path.partition(f"/me/tiny/resolve/{COMMIT}/")[2] or path.partition("/me/tiny/resolve/main/")[2]
+        if name not in self.server.files:
+            return self._answer({"error": "Repository not found"}, 404)
+        payload = self.server.files[name]
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(payload).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(payload)
+        return None
+
+    do_HEAD = do_GET
 
     def do_POST(self):
         encoded = self.headers.get("Transfer-Encoding") == "chunked"
@@ -94,13 +127,17 @@ def run(tmp_path):
 
 
 def push(run, *options, port=9, offline="0"):
+    return sdseg("push", run.root, *options, port=port, offline=offline)
+
+
+def sdseg(*args, port=9, offline="0"):
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HUB_OFFLINE": offline,
         "HF_TOKEN": "hf_stand_in",
     }
     return subprocess.run(
-        [sys.executable, "-m", "sdseg_cli", "push", str(run.root), *options],
+        [sys.executable, "-m", "sdseg_cli", *map(str, args)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -138,6 +175,26 @@ def test_a_dry_run_prints_the_card_and_sends_nothing(run, hub):
         assert text in finished.stdout
     assert hub.created is None
     assert not (run.model / "README.md").exists()
+
+
+def test_what_was_pushed_is_loaded_by_its_name_and_predicts_the_same(
+    hub, tiny_recipe, trained, tmp_path, monkeypatch
+):
+    run = trained(tiny_recipe(), tmp_path / "run").run
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    finished = push(run, "me/tiny", port=hub.server_port)
+    assert finished.returncode == 0, finished.stderr
+    Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(tmp_path / "a.png"), "--model", str(run.root), "--out", str(tmp_path / "own")])
+    assert not end.value.code
+    finished = sdseg(
+        "predict", tmp_path / "a.png", "--model", "me/tiny", "--out", tmp_path / "hub", port=hub.server_port
+    )
+    assert finished.returncode == 0, finished.stderr
+    own, hubs = (np.asarray(Image.open(tmp_path / name / "a.png")) for name in ("own", "hub"))
+    assert own.shape == (48, 48)
+    assert np.array_equal(own, hubs)
 
 
 @pytest.mark.faults

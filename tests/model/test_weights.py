@@ -361,12 +361,12 @@ def test_a_model_that_is_not_there_is_named(location):
 @pytest.mark.faults
 @pytest.mark.parametrize(("status", "remedy"), [(404, "The hub answered 404"), (None, "HF_HUB_OFFLINE")])
 def test_a_model_that_the_hub_does_not_give_names_the_remedy(monkeypatch, status, remedy):
-    def download(_):
+    def download(_, **options):
         cause = ConnectionError("no route")
         if status:
             cause.response = SimpleNamespace(status_code=status)
         raise OSError("Cannot load model") from cause
 
-    monkeypatch.setattr(weights.SDSegPipeline, "download", download)
+    monkeypatch.setattr(weights, "snapshot_download", download)
     with pytest.raises(ModelError, match=remedy):
         weights.load_pipeline("nobody/nothing")

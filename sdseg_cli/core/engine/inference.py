@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sdseg_cli.core.engine.acceleration import (
     undo_compile,
     use_channels_last,
 )
+from sdseg_cli.core.engine.familiarity import Look, observed, unfamiliar
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.errors import OutOfMemoryError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
@@ -88,6 +89,9 @@ class Predictor:
         largest_component: keep the largest connected component of every class of the label map, slice by
             slice; probabilities, uncertainty and draws stay as they are.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+
+    Attributes:
+        looks: one for each slice so far, where the model knows what it was trained on.
     """
 
     def __init__(
@@ -121,6 +125,16 @@ class Predictor:
         self.flips = tuple(flips)
         self.largest_component = largest_component
         self.precision = precision
+        self.looks: list[Look] = []
+
+    @property
+    def trained_on(self) -> Mapping[str, Any]:
+        """Figures of the training images, see ``describe_images``; empty where the model has none."""
+        return (getattr(self.pipeline.config, "training_data", None) or {}).get("images") or {}
+
+    def warnings(self, looks: Sequence[Look]) -> list[str]:
+        """In what the images of ``looks`` are unlike those of the training; none if that is unknown."""
+        return unfamiliar(self.trained_on, looks) if self.trained_on and looks else []
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -153,7 +167,7 @@ class Predictor:
         Raises:
             OutOfMemoryError: not even one slice at a time fits; what was predicted before comes first.
         """
-        stream = iter(inputs)
+        stream = observed(inputs, self.looks if self.trained_on else None)
         with ThreadPoolExecutor(_HOST_THREADS, thread_name_prefix="sdseg-grid") as pool:
             waiting: list[Future[SlicePrediction]] = []
             while True:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine.acceleration import compile_networks, missing_compiler, use_channels_last
 from sdseg_cli.core.engine.autoencoder_training import measure_scale
 from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint
+from sdseg_cli.core.engine.familiarity import describe_images
 from sdseg_cli.core.engine.inference import choose_device, choose_precision
 from sdseg_cli.core.engine.latent_cache import (
     MOST_BYTES,
@@ -497,6 +499,8 @@ class Training:
     def _export(self) -> None:
         if self.processes.is_main:
             pipeline = self.networks.pipeline(self.manifest, self.recipe, self.progress.latent_scale)
+            known = {**pipeline.config.training_data, "images": self._images}
+            pipeline.register_to_config(training_data=known)
             with atomic_folder(self.directory.model) as folder:
                 pipeline.save_pretrained(folder)
         self.processes.wait()
@@ -525,6 +529,10 @@ class Training:
             self.directory.append_metrics(fields)
         numbers = {k: v for k, v in fields.items() if k != "step" and isinstance(v, int | float)}
         self.accelerator.log(numbers, step=fields["step"])
+
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        return describe_images(self.dataset.split("train"))
 
     # Small things ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ _NO_DOWNLOAD = (
 _PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches"}
 _ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
 _ADDED = ("class_embedding", "fusions", "attentions")  # of a U-Net, that a published start lacks
+_FILES = ["*.json", "*.safetensors"]  # of a model on the hub: no code and no pickles
 _NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -398,7 +400,8 @@ def load_pipeline(location: str) -> SDSegPipeline:
     """
     quiet_diffusers()
     try:
-        folder = location if Path(location).is_dir() else SDSegPipeline.download(location)
+        # The pipeline's own download takes sdseg's classes for code that the repository should hold.
+        folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=_FILES)
         pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
         for name, component in pipeline.components.items():
             referred = name == "autoencoder" and pipeline.config.get("autoencoder_reference")
