@@ -4,12 +4,14 @@
 # make docs   docs/recipes.md, from the schema
 #
 # Each makes $(VENV) and installs what it needs, once. Another Python: make test PYTHON=python3.12
+# Tests in four processes: make test JOBS=4. Options for pytest: make test PYTEST_ARGS="-k dice"
 # Options for pip (an index with CPU-only torch makes a much smaller download): make demo PIP_ARGS="..."
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ demo: $(READY)
 	$(BIN)/sdseg demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

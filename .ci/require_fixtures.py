@@ -15,14 +15,17 @@ def _fail(report, what):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Turn a skip into a failure, and note what ran."""
+    """Turn a skip into a failure."""
     report = yield
-    if item.get_closest_marker("fixtures"):
-        if report.skipped:
-            _fail(report, item.nodeid)
-        elif report.when == "call":
-            _ran.add(item.nodeid)
+    if item.get_closest_marker("fixtures") and report.skipped:
+        _fail(report, item.nodeid)
     return report
+
+
+def pytest_runtest_logreport(report):
+    """Note what ran; with several processes the reports of all come to the one that counts."""
+    if "fixtures" in report.keywords and report.when == "call":
+        _ran.add(report.nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,7 +41,8 @@ def pytest_make_collect_report(collector):
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """A run in which no such test ran at all proves nothing."""
-    if exitstatus == pytest.ExitCode.OK and not _ran:
+    counts = not hasattr(session.config, "workerinput")  # else one of several processes that run a part
+    if counts and exitstatus == pytest.ExitCode.OK and not _ran:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
