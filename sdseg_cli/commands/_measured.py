@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from sdseg_cli import console
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.reporting.page import Table
 from sdseg_cli.core.run_directory import ModelReference, library_versions, now, resolve_model
@@ -73,6 +75,9 @@ class Model:
             for name, value in chosen.items():
                 if value is None and hasattr(self.recipe.sampling, name):
                     chosen[name] = getattr(self.recipe.sampling, name)
+        else:
+            stated = self._stated_sampling()
+            chosen = {name: stated.get(name) if value is None else value for name, value in chosen.items()}
         if chosen.get("flips"):
             chosen["flips"] = list(chosen["flips"])  # as JSON gives them back
         # No flips and no choice of components are what a predictor does anyway.
@@ -99,6 +104,17 @@ class Model:
             "recipe": self.recipe.name if self.recipe is not None else None,
             "trained_until": fields.get("ended"),
         }
+
+    def _stated_sampling(self) -> Mapping[str, Any]:
+        """How a model without its run says it is to be used: a copied folder, or an exported graph."""
+        for name in ("model_index.json", EXPORT_FILE):
+            file = Path(self.reference.location) / name
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                return dict((content.get("training_data") or {}).get("sampling") or {})
+            except (OSError, ValueError, TypeError, AttributeError):
+                continue
+        return {}
 
     def _trained_on(self) -> Mapping[str, Any]:
         run = self.reference.run

@@ -11,6 +11,7 @@ from sdseg_cli.commands._preparing import (
     AxisOption,
     ExcludeOption,
     ForegroundOption,
+    NanFillOption,
     OutOption,
     OverwriteOption,
     ResizeOption,
@@ -160,6 +161,7 @@ def btcv(
     window: WindowText = "-175,250",
     axis: AxisOption = "axial",
     foreground_only: ForegroundOption = False,
+    nan_fill: NanFillOption = None,
     split: Annotated[str, typer.Option(help="paper (15/3/12 volumes) or a split file.")] = "paper",
     exclude_bad: ExcludeOption = False,
     overwrite: OverwriteOption = False,
@@ -191,6 +193,7 @@ def btcv(
         window=parse_window(window),
         axis=axis,
         foreground_only=foreground_only,
+        nan_fill=nan_fill,
     )
 
 
@@ -202,6 +205,7 @@ def sts3d(
     window: WindowText = "-100,1100",
     axis: AxisOption = "axial",
     foreground_only: ForegroundOption = False,
+    nan_fill: NanFillOption = None,
     split: Annotated[str, typer.Option(help="paper (8/1/3 volumes) or a split file.")] = "paper",
     exclude_bad: ExcludeOption = False,
     overwrite: OverwriteOption = False,
@@ -231,4 +235,5 @@ def sts3d(
         window=parse_window(window),
         axis=axis,
         foreground_only=foreground_only,
+        nan_fill=nan_fill,
     )

@@ -51,6 +51,15 @@ WindowOption = Annotated[
         show_default="each volume's own 0.5 and 99.5 percentiles",
     ),
 ]
+NanFillOption = Annotated[
+    float | None,
+    typer.Option(
+        "--nan-fill",
+        metavar="VALUE",
+        help="Of volumes: value for voxels that are NaN or infinite; without it such a case is refused.",
+        show_default=False,
+    ),
+]
 AxisOption = Annotated[
     Literal["axial", "coronal", "sagittal"], typer.Option(help="Of volumes: how they are cut into slices.")
 ]
@@ -108,6 +117,7 @@ def prepare_benchmark(
     window: tuple[float, float] | None = None,
     axis: Axis = "axial",
     foreground_only: bool = False,
+    nan_fill: float | None = None,
 ) -> None:
     """Prepare a public data set; ``details`` are recorded, the last three are for volumes."""
     from sdseg_cli.console import say, warn
@@ -160,6 +170,7 @@ def prepare_benchmark(
             axis=axis,
             smallest_component=benchmark.smallest_component,
             foreground_slices_only=foreground_only,
+            nan_fill=finite_or_none(nan_fill),
             holds_volumes=benchmark.holds_volumes,
         )
         run_preparation(
@@ -304,3 +315,14 @@ def _tell_notes(records: Sequence[CaseRecord], problems: Sequence[Problem], clas
     for label, name in enumerate(classes):
         if not any(record.class_pixels[label] for record in prepared if record.split == "train"):
             warn(f"class {name!r} occurs in no training mask; a model cannot learn it.")
+
+
+def finite_or_none(nan_fill: float | None) -> float | None:
+    """Check ``--nan-fill``.
+
+    Raises:
+        UsageError: it is not finite itself.
+    """
+    if nan_fill is not None and not math.isfinite(nan_fill):
+        raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
+    return nan_fill

@@ -70,7 +70,9 @@ def autoencoder(
     from sdseg_cli.core.errors import UsageError
     from sdseg_cli.core.files import refuse_existing, whole_folder
 
-    if crop % 8 or crop > size:
+    if size % 8:
+        raise UsageError(f"--size {size}: expected a multiple of 8, like {round(size / 8) * 8}.")
+    if distill is None and (crop % 8 or crop > size):
         raise UsageError(f"--crop {crop}: expected a multiple of 8, at most --size ({size}).")
     refuse_existing(out, overwrite=overwrite, ours="config.json")
     console.say(f"{masks:,} masks of {size} pixels, {steps:,} steps of {batch_size} ...")
@@ -79,11 +81,17 @@ def autoencoder(
 
     from sdseg_cli.core.engine.autoencoder_training import generated_masks, train_mask_autoencoder
     from sdseg_cli.core.engine.inference import choose_device
+    from sdseg_cli.core.model.latents import spatial_factor
     from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
     from sdseg_cli.core.model.weights import load_published_autoencoder, quiet_diffusers
 
     quiet_diffusers()
     teacher = load_published_autoencoder(distill) if distill is not None else None  # before minutes of work
+    if teacher is not None and spatial_factor(teacher) != 8:
+        raise UsageError(
+            f"--distill {distill}: {spatial_factor(teacher)} pixels per latent pixel, expected 8 (a kl-f8 "
+            "autoencoder)."
+        )
     chosen = choose_device(device)
     pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
     held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}

@@ -18,9 +18,12 @@ from sdseg_cli.core.run_directory import library_versions
 
 OPTIONAL = {
     "highdicom": "DICOM segmentations",
+    "onnx": "sdseg export",
+    "onnxscript": "sdseg export",
     "onnxruntime": "running exported ONNX models",
     "openvino": "running exported models on Intel processors",
     "wandb": "train.trackers: [wandb]",
+    "mlflow": "train.trackers: [mlflow]",
     "tensorboard": "train.trackers: [tensorboard]",
 }
 LOW_DISK_GB = 5.0  # below it, checkpoints and prepared data soon fill the disk

@@ -183,6 +183,7 @@ def evaluate(
     else:
         given = {"--model": model, "--data": data, "--grid": grid, "--steps": steps, "--samples": samples}
         given = {**given, "--flips": flips, "--largest-component": largest_component}
+        given = {**given, "--decoder": decoder, "--compile": compiled, "--batch-size": batch_size}
         _refuse({**given, "--threshold": threshold}, "a model")
         if predictions is None or ground_truth is None:
             raise UsageError("--predictions and --ground-truth belong together: give both folders.")
@@ -303,7 +304,7 @@ def _evaluate_split(
         predictor = load_predictor(model.reference, grid=grid, **sampling, **loading)
     check_fit(predictor, dataset.manifest, dataset.root)
     view = dataset.split(split)
-    compile_if_wanted(predictor, compiled, len(view))
+    compile_if_wanted(predictor, compiled, len(view) // processes.count)
 
     def score(cases: Any, processes: Processes | None) -> Iterable[CaseScores]:
         return evaluate_split(

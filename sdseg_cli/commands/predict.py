@@ -199,6 +199,16 @@ def predict(
         mask_format=mask_format.value,  # type: ignore[arg-type]
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
+    if nan_fill is not None and not math.isfinite(nan_fill):
+        raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
+    if not any(task.is_volume for task in tasks):
+        of_volumes = {"--window": window, "--axis": axis, "--nan-fill": nan_fill}
+        unused = [name for name, value in of_volumes.items() if value is not None]
+        unused += ["--format"] if mask_format != VolumeFormat.same else []
+        if unused:
+            raise UsageError(
+                f"{', '.join(unused)} only make sense with volumes, and there are none. Leave out."
+            )
     limits = _window(window)
     chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
     stated = {name: value for name, value in chosen.items() if value is not None}

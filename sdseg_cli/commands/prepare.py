@@ -13,6 +13,7 @@ from sdseg_cli.commands._preparing import (
     AxisOption,
     ExcludeOption,
     ForegroundOption,
+    NanFillOption,
     OutOption,
     OverwriteOption,
     ResizeOption,
@@ -22,6 +23,7 @@ from sdseg_cli.commands._preparing import (
     WindowOption,
     WorkersOption,
     check_out,
+    finite_or_none,
     fit_split,
     opened,
     parse_window,
@@ -62,6 +64,7 @@ def nnunet(
     window: WindowOption = None,
     axis: AxisOption = "axial",
     foreground_only: ForegroundOption = False,
+    nan_fill: NanFillOption = None,
     group_by: Annotated[
         str | None,
         typer.Option(help="Regular expression on the case id; its parenthesis is the patient or sequence."),
@@ -101,7 +104,7 @@ def nnunet(
     dataset = read_nnunet(raw)
     group_of = group_by_pattern(group_by) if group_by is not None else None
     pairs = find_nnunet(dataset, chosen_channels, group_of)
-    _refuse_volume_options(dataset.holds_volumes, window, axis, foreground_only)
+    _refuse_volume_options(dataset.holds_volumes, window, axis, foreground_only, nan_fill)
     details: dict[str, Any] = {"channels": chosen_channels, "group_by": group_by}
     groups = {case.case_id: case.group for case in pairs.cases}
     chosen, problems = _split_of(groups, pairs.problems, shares, split, seed, exclude_bad, details)
@@ -115,6 +118,7 @@ def nnunet(
         window=parse_window(window),
         axis=axis,
         foreground_slices_only=foreground_only,
+        nan_fill=finite_or_none(nan_fill),
         holds_volumes=dataset.holds_volumes,
     )
     run_preparation(
@@ -155,6 +159,7 @@ def folder(
     window: WindowOption = None,
     axis: AxisOption = "axial",
     foreground_only: ForegroundOption = False,
+    nan_fill: NanFillOption = None,
     out: OutOption = None,
     size: SizeOption = 256,
     resize: ResizeOption = "squeeze",
@@ -196,7 +201,7 @@ def folder(
             group_of=group_of,
         )
         holds_volumes = any(case.is_volume for case in pairs.cases)
-        _refuse_volume_options(holds_volumes, window, axis, foreground_only)
+        _refuse_volume_options(holds_volumes, window, axis, foreground_only, nan_fill)
         geometry = Geometry(
             size,
             resize,
@@ -206,6 +211,7 @@ def folder(
             window=parse_window(window),
             axis=axis,
             foreground_slices_only=foreground_only,
+            nan_fill=finite_or_none(nan_fill),
             holds_volumes=holds_volumes,
         )
         groups = {case.case_id: case.group for case in pairs.cases}
@@ -328,8 +334,11 @@ def parse_channels(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def _refuse_volume_options(holds_volumes: bool, window: str | None, axis: str, foreground_only: bool) -> None:
+def _refuse_volume_options(
+    holds_volumes: bool, window: str | None, axis: str, foreground_only: bool, nan_fill: float | None
+) -> None:
     given = {"--window": window is not None, "--axis": axis != "axial", "--foreground-only": foreground_only}
+    given |= {"--nan-fill": nan_fill is not None}
     unused = [name for name, is_given in given.items() if is_given]
     if unused and not holds_volumes:
         raise UsageError(f"{' and '.join(unused)}: for volumes only, and the data holds none. Leave it out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +54,7 @@ def push(
     if name.count("/") != 1:
         raise UsageError(f"push: found {name!r}, expected OWNER/NAME, such as me/kseg-fast.")
     folder = reference.run.model
+    _refuse_local_reference(folder)
     card = model_card(reference.run, name)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
     if dry_run:
@@ -79,10 +81,38 @@ def _send(folder: Path, card: str, name: str, *, private: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(name, private=private or None, exist_ok=True)
+        if private:
+            _refuse_public(name, public=not api.repo_info(name).private)
         api.create_commit(name, operations, commit_message="Model trained with sdseg")
+    except SdsegError:
+        raise
     except Exception as error:  # the client raises its own kinds and those of two HTTP libraries
         raise ModelError(_refusal(name, error)) from error
     return str(url)
+
+
+def _refuse_public(name: str, *, public: bool) -> None:
+    if public:  # it was there before, and making it again changes nothing about it
+        raise UsageError(
+            f"push: {name} exists and is public, and --private was asked for. Nothing was sent. Make it "
+            "private on the hub, or choose another NAME."
+        )
+
+
+def _refuse_local_reference(folder: Path) -> None:
+    """A model that refers to an autoencoder on this machine is of no use elsewhere, and tells its path."""
+    content = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    place = (content.get("autoencoder_reference") or {}).get("location")
+    if place is not None and (Path(place).is_absolute() or Path(place).exists()):
+        raise UsageError(
+            f"push: this model refers to the autoencoder in {place}, which nobody else has. Train it again "
+            "with train.embed_autoencoder=true, or with a hub id as model.autoencoder. Nothing was sent."
+        )
+
+
+def _shared_recipe(text: str) -> str:
+    """The recipe without the folders of this machine: of an absolute path only the last part is told."""
+    return re.sub(r"(?m)(?<=: )/\S*/(?=\S+$)", ".../", text)
 
 
 def _refusal(name: str, error: Exception) -> str:
@@ -118,7 +148,7 @@ def model_card(run: RunDirectory, name: str) -> str:
         ", ".join(f"{key} {value}" for key, value in splits.items()) if isinstance(splits, Mapping) else ""
     )
     metadata = ModelCardData(
-        license="apache-2.0",
+        license="other",  # that of the data binds the weights, and the hub has no word for it
         library_name="diffusers",
         pipeline_tag="image-segmentation",
         tags=["medical", "sdseg", "latent-diffusion"],
@@ -168,7 +198,7 @@ arXiv 2406.18361.
 ## Recipe
 
 ```yaml
-{run.recipe_file.read_text(encoding="utf-8").strip()}
+{_shared_recipe(run.recipe_file.read_text(encoding="utf-8").strip())}
 ```
 """
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
@@ -191,6 +221,8 @@ def _scores(run: RunDirectory) -> str:
     for path in sorted(run.evaluation.glob("*/summary.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            if not _is_of_this_run(content, run):
+                continue
             for class_name, entry in content["classes"].items():
                 for metric, label in (("dice", "Dice"), ("iou", "IoU")):
                     value = entry["metrics"][metric]
@@ -207,6 +239,14 @@ def _scores(run: RunDirectory) -> str:
     titles = ("Split", "Class", "Metric", "Mean", "95 % interval", "Cases", "Empty masks")
     head = f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
     return "\n".join([head, *rows])
+
+
+def _is_of_this_run(content: Mapping[str, Any], run: RunDirectory) -> bool:
+    """Whether scores are the model's own on the data it belongs to: no other dataset, no other decoder."""
+    trained_on = run.read_run_json().get("dataset") or {}
+    scored_on = content.get("dataset") or {}
+    other = scored_on.get("fingerprint") not in (None, trained_on.get("fingerprint"))
+    return not other and "decoder" not in (content.get("sampling") or {})
 
 
 def _decimals(value: float | None) -> str:

@@ -43,6 +43,8 @@ RootOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Fold
 @app.callback()
 def _list(ctx: typer.Context, root: RootOption = RUNS_ROOT, as_json: JsonOption = False) -> None:
     if ctx.invoked_subcommand is not None:
+        if root != RUNS_ROOT or as_json:
+            raise UsageError(f"give --runs and --json behind {ctx.invoked_subcommand}, not before it.")
         return
     rows = sorted((_row(folder) for folder in _folders(root)), key=lambda row: row["created"], reverse=True)
     if as_json:

@@ -46,7 +46,6 @@ from sdseg_cli.commands._options import (
 from sdseg_cli.core.data.images import list_images, read_image, write_label_map, write_png
 from sdseg_cli.core.errors import DataError, ModelError, UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
-from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -196,13 +195,14 @@ class _Source:
     def read(self, index: int, predictor: Predictor) -> SliceInput:
         """Read one image onto the model's grid. Raises DataError, by name, where it cannot be read."""
         from sdseg_cli.core.engine.inference import SliceInput
+        from sdseg_cli.core.engine.prediction import grid_of, trained_with
 
         if self.dataset is not None:
             current = self.dataset.split(self.split)[index]
             return SliceInput(current.case_id, current.slice_index, current.image, current.grid)
         path = Path(self.facts["images"]) / self.names[index]
         pixels = read_image(path).pixels
-        grid = Grid(pixels.shape[0], pixels.shape[1], predictor.image_size, predictor.resize)
+        grid = grid_of(pixels, predictor.image_size, predictor.resize, trained_with(predictor).get("crop"))
         # The case id decides the noise: the same as in `sdseg predict`.
         unique = sum(Path(name).stem == path.stem for name in self.names) == 1
         return SliceInput(path.stem if unique else path.name, 0, grid.image_to_model(pixels), grid)

@@ -352,7 +352,9 @@ class SamplingSettings(Settings):
         "well); they count as further draws. Not where left and right are different classes.",
     )
     largest_component: bool = key(
-        False, "Keep only the largest connected component of every class, in each slice."
+        False,
+        "Keep only the largest connected component of every class: of the whole volume where there is one, "
+        "in each slice for the validation during training.",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sdseg_cli.commands._measured import Model
@@ -23,6 +25,15 @@ def test_what_is_given_wins_over_the_recipe_and_the_rest_is_taken_from_it(tiny_r
 
 def test_without_a_recipe_only_what_is_given_counts():
     assert model(None).sampling(num_inference_steps=None, num_samples=2) == {"num_samples": 2}
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "export.json"])
+def test_a_model_without_its_run_is_used_as_it_was_trained_to_be(name, tmp_path):
+    stated = {"training_data": {"sampling": {"threshold": 0.3, "num_samples": 4}}}
+    (tmp_path / name).write_text(json.dumps(stated))
+    copied = Model(ModelReference(str(tmp_path), None, "a model"), None)
+    assert copied.sampling(num_samples=None, threshold=None) == {"num_samples": 4, "threshold": 0.3}
+    assert copied.sampling(num_samples=1, threshold=None) == {"num_samples": 1, "threshold": 0.3}
 
 
 @pytest.mark.faults

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sdseg_cli.cli import main
+from sdseg_cli.commands.push import model_card
 from sdseg_cli.core.recipe import load_recipe
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -27,7 +28,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path in ("/api/models/me/tiny", *(f"/api/models/me/tiny/revision/{r}" for r in ("main", COMMIT))):
             names = [{"rfilename": name} for name in self.server.files]
-            return self._answer({"id": "me/tiny", "modelId": "me/tiny", "sha": COMMIT, "siblings": names})
+            about = {"id": "me/tiny", "modelId": "me/tiny", "sha": COMMIT, "private": self.server.is_private}
+            return self._answer({**about, "siblings": names})
         if path in (f"/api/models/me/tiny/tree/{commit}" for commit in ("main", COMMIT)):
             return self._answer(
                 [
@@ -103,7 +105,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.created, server.refuse = {}, None, 0
+    server.files, server.created, server.refuse, server.is_private = {}, None, 0, True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -140,7 +142,7 @@ def sdseg(*args, port=9, offline="0"):
         [sys.executable, "-m", "sdseg_cli", *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, **environment, "NO_PROXY": "127.0.0.1"},
     )
 
@@ -158,8 +160,51 @@ def test_model_and_card_arrive_whole(run, hub):
     assert hub.files["unet/weights.bin"] == bytes(range(256))
     card = hub.files["README.md"].decode()
     assert card.startswith("---\n")
-    assert "license: apache-2.0" in card
+    assert "license: other" in card
     assert "| test | polyp | Dice | 0.5000 | 0.2500 to 0.7500 | 4 | standard |" in card
+
+
+def test_the_card_holds_the_scores_of_this_model_on_its_own_data_alone(run):
+    score = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    own = {"classes": {"polyp": {"metrics": {"dice": score, "iou": score}}}, "convention": "standard"}
+    others = {
+        "own": {"dataset": {"fingerprint": "abc123"}},
+        "elsewhere": {"dataset": {"fingerprint": "f00"}},
+        "small": {"sampling": {"decoder": "/d"}},
+    }
+    for name, facts in others.items():
+        (run.evaluation / name).mkdir(parents=True)
+        (run.evaluation / name / "summary.json").write_text(json.dumps({**own, **facts}))
+    card = model_card(run, "me/tiny")
+    assert "| own | polyp | Dice" in card
+    assert "elsewhere" not in card
+    assert "small" not in card
+
+
+def test_the_card_tells_no_folder_of_this_machine(run):
+    recipe = run.recipe_file.read_text()
+    run.recipe_file.write_text(recipe.replace("dataset: data/phantom", "dataset: /home/alice/data/phantom"))
+    card = model_card(run, "me/tiny")
+    assert "alice" not in card
+    assert "dataset: .../phantom" in card
+
+
+@pytest.mark.faults
+def test_a_model_that_refers_to_a_folder_is_not_sent(run, tmp_path):
+    reference = {"autoencoder_reference": {"location": str(tmp_path / "kl-f8"), "sha256": "0"}}
+    (run.model / "model_index.json").write_text(json.dumps(reference))
+    finished = push(run, "me/tiny", "--dry-run")
+    assert finished.returncode == 2
+    assert "train.embed_autoencoder=true" in " ".join(finished.stderr.split())
+
+
+@pytest.mark.faults
+def test_private_does_not_send_to_a_repository_that_is_public(run, hub):
+    hub.is_private = False
+    finished = push(run, "me/tiny", "--private", port=hub.server_port)
+    assert finished.returncode == 2
+    assert "exists and is public" in finished.stderr
+    assert hub.files == {}
 
 
 def test_a_dry_run_prints_the_card_and_sends_nothing(run, hub):

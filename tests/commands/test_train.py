@@ -453,15 +453,15 @@ def test_out_of_memory_is_a_message_with_the_setting_to_change(sdseg, recipe, tm
 def test_out_of_memory_in_the_validation_makes_smaller_batches(sdseg, recipe, monkeypatch):
     from sdseg_cli.core.model.pipeline import SDSegPipeline
 
-    predict, sizes = SDSegPipeline.__call__, []
+    sample, sizes = SDSegPipeline.sample, []
 
     def small_device(pipeline, images, **options):
         sizes.append(len(images))
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return predict(pipeline, images, **options)
+        return sample(pipeline, images, **options)
 
-    monkeypatch.setattr(SDSegPipeline, "__call__", small_device)
+    monkeypatch.setattr(SDSegPipeline, "sample", small_device)
     several = ("--set", "train.validation_cases=2")
     code, _, err = sdseg("train", "-r", recipe, "--out", "run", "--device", "cpu", *several)
     assert code == 0, err

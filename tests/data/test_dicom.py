@@ -238,3 +238,38 @@ def test_without_highdicom_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'sdseg\[dicom\]'"):
         require_highdicom()
+
+
+# Headers that cannot be used
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ImageOrientationPatient", None, "headers cannot be used"),
+        ("PixelSpacing", [0, 0], "PixelSpacing is 0 x 0 mm; expected more than 0"),
+        ("ImagePositionPatient", [1.0, 2.0], "headers cannot be used"),
+    ],
+)
+def test_a_series_whose_headers_cannot_be_used_is_refused_by_name(name, value, message, tmp_path):
+    write_series(tmp_path, description="liver", **{name: value})
+    with pytest.raises(DataError, match=f"series 'liver': .*{message}"):
+        read_series(only(tmp_path))
+
+
+@pytest.mark.faults
+def test_a_damaged_value_makes_a_stray_and_not_the_end_of_the_search(tmp_path):
+    paths = write_series(tmp_path)
+    data = paths[0].read_bytes()
+    rows = data.index(bytes([0x28, 0x00, 0x10, 0x00]) + b"US")
+    paths[0].write_bytes(data[: rows + 6] + bytes([1, 0]) + data[rows + 8 : rows + 9] + data[rows + 10 :])
+    found = find_series(list(tmp_path.iterdir()))
+    assert [path.name for path, _ in found.strays] == [paths[0].name]
+    assert [len(series.files) for series in found.series] == [SLICES - 1]
+
+
+def test_without_a_stated_spacing_the_volume_says_that_millilitres_mean_nothing(tmp_path):
+    write_series(tmp_path, PixelSpacing=None)
+    volume = read_series(only(tmp_path))
+    assert any("no PixelSpacing is stated" in note for note in volume.notes)

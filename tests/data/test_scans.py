@@ -11,9 +11,10 @@ from sdseg_cli.core.data.benchmarks import STS3D, btcv, find_btcv, find_refuge, 
 from sdseg_cli.core.data.fundus import around, around_bright_disc
 from sdseg_cli.core.data.nnunet import find_nnunet, read_nnunet
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Description, Geometry, prepare
+from sdseg_cli.core.data.preparation import Description, Geometry, Problem, _convert, prepare
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.data.splits import Split
+from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
 
 AFFINE = np.diag([-2.0, -3.0, 5.0, 1.0])  # LPS, as CT comes: rows 3 mm, columns 2 mm, slices 5 mm
@@ -329,3 +330,34 @@ def test_the_square_around_a_disc_at_the_border_stays_inside():
     disc = np.zeros((20, 30), bool)
     disc[0:4, 26:30] = True
     assert around(disc, 2.0) == (0, 22, 8, 8)
+
+
+@pytest.mark.faults
+def test_voxels_that_are_not_finite_are_refused_or_filled_on_request(btcv_tree, tmp_path):
+    scan_file = next(iter(sorted((btcv_tree).rglob("img0001.nii.gz"))))
+    image = nibabel.load(scan_file)
+    voxels = np.asarray(image.dataobj, np.float32)
+    voxels[0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine), scan_file)
+    with pytest.raises(DataError, match=r"1 of .* voxels are NaN or infinite"):
+        read_volume_pair(
+            [scan_file], _label_of(scan_file), Geometry(label_values=dict.fromkeys(range(14), 0))
+        )
+    filled = Geometry(label_values=dict.fromkeys(range(14), 0), nan_fill=-1000.0)
+    _, notes = read_volume_pair([scan_file], _label_of(scan_file), filled)
+    assert any("set to -1000" in note for note in notes)
+
+
+def _label_of(scan_file):
+    return scan_file.parent.parent / "label" / scan_file.name.replace("img", "label")
+
+
+def test_only_volumes_lose_their_training_slices_without_foreground(tmp_path):
+    empty = np.zeros((8, 8), np.uint8)
+    for index in range(3):
+        for folder, array in (("images", np.full((8, 8, 3), 90, np.uint8)), ("masks", empty)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / folder / f"{index}.png")
+    pairs = pair_folders(tmp_path / "images", tmp_path / "masks")
+    geometry = Geometry(8, foreground_slices_only=True, holds_volumes=True)
+    assert not isinstance(_convert(pairs.cases[0], geometry, "train"), Problem)

@@ -127,6 +127,22 @@ def test_a_volume_is_scored_as_a_volume_with_the_distance_between_its_slices():
     assert entry.hd95 == pytest.approx(4.75)  # 95 % of the way from 0 to 5
 
 
+def test_the_largest_component_of_a_volume_is_scored_not_one_of_each_slice():
+    column = drawn("....", ".1..", "....", "....")
+    stray = drawn("....", ".1..", "....", "...1")
+    slices = [slice_of("v", column, index, spacing=(1.0, 1.0, 1.0)) for index in range(3)]
+    answers = {("v", 0): column, ("v", 1): drawn("...1", "....", "....", "...."), ("v", 2): stray}
+    predictor = Predictor(answers)
+    predictor.largest_component = True
+    (record,) = evaluate_split(predictor, Split(slices), BINARY)
+    counts = record.classes[0].counts  # four pieces of one pixel each: the first of them stays
+    assert (counts.true_positive, counts.false_positive, counts.false_negative) == (1, 0, 2)
+    assert sum(int(view.prediction.sum()) for view in record.stack) == 1
+    assert predictor.largest_component is True
+    (alone,) = evaluate_split(predictor, Split([slice_of("a", column)]), BINARY)
+    assert alone.classes[0].counts.true_positive == 0 or alone.dice == 1.0
+
+
 def test_slices_that_were_left_out_keep_their_place_in_the_volume():
     dot = np.zeros((4, 4), np.uint8)
     dot[1, 1] = 1

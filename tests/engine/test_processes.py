@@ -231,7 +231,7 @@ def test_two_processes_predict_every_image_once_as_one_does(launched):
             np.asarray(Image.open(place / "probabilities" / name), np.int64) for place in (one, two)
         )
         assert first.shape == second.shape
-        assert np.abs(first - second).max() <= 1  # 1/65535: what the file can tell
+        assert np.abs(first - second).max() <= 2  # of 65535: 1e-5 of arithmetic, and rounding on both sides
         differ = read_label_map(one / name, num_classes=2) != read_label_map(two / name, num_classes=2)
         assert (np.abs(first[differ] / 65535 - 0.5) < 1e-4).all()
     by_rank = [

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
-from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, write_summary
+from sdseg_cli.core.data.volumes import VolumeGeometry, is_volume, read_label_volume, write_label_volume
+from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, remove_outputs, write_summary
 from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 from sdseg_cli.core.errors import ModelError, UsageError
 
@@ -245,3 +245,57 @@ def test_the_largest_component_of_a_volume_is_one_of_its_parts_not_one_of_each_s
     assert (both.components["lesion"], one.components["lesion"]) == (2, 1)
     assert both.areas_px["lesion"] - one.areas_px["lesion"] == 3 * 3 * 2  # the smaller of the two
     assert predictor.largest_component is True
+
+
+@pytest.mark.faults
+def test_a_model_of_three_channels_refuses_volumes(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    with pytest.raises(ModelError, match="trained on three channels a voxel"):
+        list(predict_files(tasks, BrightIsForeground(channels=[0, 2, 3])))
+    (record,) = predict_files(tasks, BrightIsForeground(channels=[1]))
+    assert record.status == "done"
+
+
+@pytest.mark.faults
+def test_memory_that_runs_out_in_one_volume_is_that_volumes_failure(tmp_path, monkeypatch):
+    for name in "ab":
+        save(tmp_path / f"{name}.nii.gz")
+    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    predictor = BrightIsForeground()
+    answer = type(predictor).__call__
+
+    def greedy(self, inputs):
+        for prediction in answer(self, inputs):
+            if prediction.case_id == "a":
+                raise MemoryError
+            yield prediction
+
+    monkeypatch.setattr(BrightIsForeground, "__call__", greedy)
+    assert [record.status for record in predict_files(tasks, predictor)] == ["failed", "done"]
+
+
+def test_what_is_replaced_goes_in_every_format_it_can_have(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    list(predict_files(plan_predictions([tmp_path], out), BrightIsForeground()))
+    assert (out / "a.nii.gz").is_file()
+    remove_outputs(plan_predictions([tmp_path], out, mask_format="nrrd"))
+    assert not list(out.glob("a.*"))
+    assert (tmp_path / "a.nii.gz").is_file()
+
+
+@pytest.mark.faults
+def test_a_mask_that_cannot_be_written_says_so(tmp_path):
+    save(tmp_path / "a.nii.gz")
+    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    tasks[0].mask.mkdir(parents=True)
+    (tasks[0].mask / "full").touch()
+    (record,) = predict_files(tasks, BrightIsForeground())
+    assert record.status == "failed"
+    assert "cannot be written" in record.error
+
+
+def test_hidden_files_are_no_volumes():
+    assert not is_volume(Path("._a.nii.gz"))
+    assert is_volume(Path("a.nii.gz"))

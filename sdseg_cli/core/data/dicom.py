@@ -6,9 +6,10 @@ geometry is computed from the position of every slice, never from the slice thic
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,21 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
                 continue
             has_dicom = True
             header: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+            # Values are decoded when they are asked for, and a damaged one raises then.
+            uid = str(header.get("SeriesInstanceUID", "") or "")
+            modality = str(header.get("Modality", "unknown"))
+            is_slice = modality not in _NO_IMAGES and bool(header.get("Rows"))
+            description = str(header.get("SeriesDescription", "") or "")
         except Exception as error:  # a damaged header raises almost anything
             strays.append((path, f"cannot be read as DICOM ({str(error) or type(error).__name__})"))
             continue
-        uid = str(header.get("SeriesInstanceUID", "") or "")
-        if header.get("Modality") in _NO_IMAGES or (uid and not header.get("Rows")):
-            strays.append((path, f"holds no image slice (modality {header.get('Modality', 'unknown')})"))
+        if modality in _NO_IMAGES or (uid and not is_slice):
+            strays.append((path, f"holds no image slice (modality {modality})"))
         elif not uid:
             strays.append((path, "has no SeriesInstanceUID; it is cut short or not a slice"))
         else:
             members.setdefault(uid, []).append(path)
-            descriptions.setdefault(uid, str(header.get("SeriesDescription", "") or ""))
+            descriptions.setdefault(uid, description)
     if not has_dicom:
         return FoundSeries((), ())
     names = _series_names(descriptions)
@@ -115,9 +120,10 @@ def read_series(series: DicomSeries, *, nan_fill: float | None = None) -> Volume
             the series holds colours or files of several frames.
     """
     slices = _read_headers(series)
-    _refuse_odd_pixels(series, slices)
     notes: list[str] = []
-    geometry, order = _series_geometry(series, slices, notes)
+    with _usable_headers(series):
+        _refuse_odd_pixels(series, slices)
+        geometry, order = _series_geometry(series, slices, notes)
     voxels = np.empty(geometry.shape, np.float32, order="F")
     for k, index in enumerate(order):
         voxels[:, :, k] = _pixels(series.files[index], slices[index]).T
@@ -131,7 +137,8 @@ def read_series(series: DicomSeries, *, nan_fill: float | None = None) -> Volume
 def sorted_headers(series: DicomSeries) -> list[Any]:
     """The headers of a series (pydicom datasets without pixels) in the order of the volume's slices."""
     slices = _read_headers(series)
-    _, order = _series_geometry(series, slices, [])
+    with _usable_headers(series):
+        _, order = _series_geometry(series, slices, [])
     return [slices[index] for index in order]
 
 
@@ -169,6 +176,19 @@ def _read_headers(series: DicomSeries) -> list[Any]:
     return headers
 
 
+@contextlib.contextmanager
+def _usable_headers(series: DicomSeries) -> Iterator[None]:
+    """Values that are absent, of the wrong kind or cut short make the series a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # values are decoded when they are asked for; damaged ones raise anything
+        raise DataError(
+            f"{series.folder}: series {series.name!r}: its headers cannot be used ({error}). Fetch it again."
+        ) from error
+
+
 def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
     where = f"{series.folder}: series {series.name!r}"
     for path, header in zip(series.files, slices, strict=True):
@@ -194,7 +214,12 @@ def _series_geometry(
     """The geometry and the order of the files along the normal of the slices."""
     where = f"{series.folder}: series {series.name!r}"
     size = (int(slices[0].Columns), int(slices[0].Rows), len(slices))
-    row_mm, column_mm = (float(value) for value in slices[0].get("PixelSpacing") or (1.0, 1.0))
+    stated = slices[0].get("PixelSpacing")
+    if not stated:
+        notes.append("warning: no PixelSpacing is stated; 1 mm is taken, so millilitres mean nothing")
+    row_mm, column_mm = (float(value) for value in stated or (1.0, 1.0))
+    if not (row_mm > 0 and column_mm > 0):
+        raise DataError(f"{where}: PixelSpacing is {row_mm:g} x {column_mm:g} mm; expected more than 0.")
     if any(not header.get("ImagePositionPatient") for header in slices):
         if len(slices) > 1:
             raise DataError(

@@ -98,6 +98,8 @@ def around_bright_disc(image: np.ndarray) -> Box:
 
     height, width = image.shape[:2]
     shrink = min(1.0, 256 / height)
+    if min(height, width) * shrink < 8:
+        return 0, 0, height, width  # no photograph of an eye
     # The disc stands out in green, and in red where vessels are thick; blue is mostly noise.
     grey = zoom(image[..., :2].astype(np.float32).mean(axis=-1), shrink, order=1)
     size = _DISC_SHARE * grey.shape[0]
@@ -115,7 +117,7 @@ def around_bright_disc(image: np.ndarray) -> Box:
 
 
 def _square(centre: tuple[float, float], side: float, shape: tuple[int, ...]) -> Box:
-    edge = int(min(round(side), *shape))
+    edge = max(1, int(min(round(side), *shape)))
     top, left = (
         int(np.clip(round(middle - edge / 2), 0, length - edge))
         for middle, length in zip(centre, shape, strict=True)

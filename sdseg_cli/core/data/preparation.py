@@ -118,7 +118,8 @@ class Geometry:
         axis: along which volumes are sliced.
         smallest_component: of volumes: connected parts of the foreground with fewer voxels are removed.
         foreground_slices_only: of volumes: training slices without foreground are left out.
-        holds_volumes: whether the four above are of use, and recorded.
+        nan_fill: of volumes: value for voxels that are not finite; None refuses them.
+        holds_volumes: whether the five above are of use, and recorded.
     """
 
     image_size: int = 256
@@ -130,6 +131,7 @@ class Geometry:
     axis: Axis = "axial"
     smallest_component: int = 0
     foreground_slices_only: bool = False
+    nan_fill: float | None = None
     holds_volumes: bool = False
 
     @property
@@ -142,6 +144,7 @@ class Geometry:
             "axis": self.axis,
             "smallest_component": self.smallest_component,
             "foreground_slices_only": self.foreground_slices_only,
+            "nan_fill": self.nan_fill,
         }
 
 
@@ -283,11 +286,12 @@ class _Converted:
 
 def _convert(case: RawCase, geometry: Geometry, split: str) -> _Converted | Problem:
     rows, pixels, digests = [], [], []
+    only_foreground = geometry.foreground_slices_only and split == "train" and case.is_volume
     try:
         slices, notes = _read_case(case, geometry)
         for index, current in enumerate(slices):
             counts = np.bincount(current.label_map.ravel(), minlength=geometry.num_classes)
-            if geometry.foreground_slices_only and split == "train" and not counts[1:].any():
+            if only_foreground and not counts[1:].any():
                 continue
             row, digest = _row(case, index, current, geometry)
             rows.append(row)

@@ -52,6 +52,8 @@ class RawVolume:
 def volume_suffix(path: Path) -> str | None:
     """The suffix of a volume file in lower case, ``.nii.gz`` as one; None where it is another file."""
     name = path.name.lower()
+    if name.startswith("."):
+        return None
     # A hidden file is none of ours, and a name that is all suffix has no stem.
     return next((s for s in SUFFIX_FORMATS if name.endswith(s) and len(name) > len(s)), None)
 

@@ -31,7 +31,7 @@ def read_volume_pair(
     """
     channels: list[np.ndarray] = []
     notes: list[str] = []
-    volumes = [read_volume(path) for path in image_paths]
+    volumes = [read_volume(path, nan_fill=geometry.nan_fill) for path in image_paths]
     labels = _labels(label_path, geometry)
     for path, other in [*zip(image_paths[1:], volumes[1:], strict=True), (label_path, labels)]:
         differences = volumes[0].geometry.differences(other.geometry)

@@ -112,8 +112,8 @@ def finite(path: Path, voxels: np.ndarray, nan_fill: float | None, notes: list[s
         return voxels
     if nan_fill is None:
         raise DataError(
-            f"{path}: {bad} of {voxels.size} voxels are NaN or infinite. Mend the volume, or say which value "
-            "they get with --nan-fill."
+            f"{path}: {bad} of {voxels.size} voxels are NaN or infinite. Mend the volume, or say with "
+            "--nan-fill which value they get (predict and prepare; labels must be mended)."
         )
     notes.append(f"{bad} voxels that are NaN or infinite were set to {nan_fill:g}")
     return np.where(is_finite, voxels, voxels.dtype.type(nan_fill))

@@ -15,6 +15,7 @@ import numpy as np
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.data.volumes import is_volume
+from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.engine.report_parts import BEST, MIDDLE, MOST_VIEWS, WORST, evenly
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
@@ -208,14 +209,23 @@ def evaluate_split(
     pending: deque[PreparedSlice] = deque()
     parts: list[_SliceScores] = []
     inputs = _inputs((split[position] for case_id in mine for position in positions[case_id]), pending)
-    for prediction in predictor(inputs):
-        current = pending.popleft()
-        is_stack = len(positions[current.case_id]) > 1
-        parts.append(_score_slice(prediction, current, len(classes), grid, is_stack=is_stack))
-        if len(parts) == len(positions[current.case_id]):
-            parts = _with_volume_distances(parts, len(classes))
-            yield _score_case(current.case_id, current.group, parts, classes, convention)
-            parts = []
+    clean = getattr(predictor, "largest_component", False)
+    predictor.largest_component = False  # of a volume it is one of its parts, not one of each slice's
+    try:
+        for raw in predictor(inputs):
+            current, prediction = pending.popleft(), raw
+            is_stack = len(positions[current.case_id]) > 1
+            if clean and not is_stack:
+                prediction = replace(raw, label_map=keep_largest_components(raw.label_map))
+            parts.append(_score_slice(prediction, current, len(classes), grid, is_stack=is_stack))
+            if len(parts) == len(positions[current.case_id]):
+                if clean and is_stack:
+                    parts = _with_largest_components(parts, len(classes), grid)
+                parts = _with_volume_distances(parts, len(classes))
+                yield _score_case(current.case_id, current.group, parts, classes, convention)
+                parts = []
+    finally:
+        predictor.largest_component = clean
 
 
 def _inputs(slices: Iterable[PreparedSlice], pending: deque[PreparedSlice]) -> Iterator[SliceInput]:
@@ -306,6 +316,35 @@ def _model_spacing(spacing_mm: tuple[float, ...] | None, grid: Grid) -> tuple[fl
     _, _, height, width = grid.content
     *between, row, column = spacing_mm
     return *between, row * rows / height, column * columns / width
+
+
+def _with_largest_components(
+    parts: Sequence[_SliceScores], num_classes: int, grid: GridName
+) -> list[_SliceScores]:
+    """Keep the largest component of every class of a stack, as one volume, and count again."""
+    planes = [part.plane for part in parts if part.plane is not None]
+    if len({plane.label_map.shape for plane in planes}) > 1:
+        return list(parts)  # slices of several sizes lie on no common grid
+    first = min(plane.slice_index for plane in planes)
+    count = max(plane.slice_index for plane in planes) - first + 1
+    stack = np.zeros((count, *planes[0].label_map.shape), np.uint8)
+    for plane in planes:
+        stack[plane.slice_index - first] = plane.label_map
+    stack = keep_largest_components(stack)
+    cleaned = []
+    for part, plane in zip(parts, planes, strict=True):
+        label_map = stack[plane.slice_index - first]
+        way = part.picture.grid
+        shown = label_map if grid == "model" or way is None else way.labels_to_model(label_map)
+        cleaned.append(
+            replace(
+                part,
+                counts=count_classes(label_map, plane.truth, num_classes),
+                picture=replace(part.picture, prediction=shown),
+                plane=replace(plane, label_map=label_map),
+            )
+        )
+    return cleaned
 
 
 def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> list[_SliceScores]:
@@ -508,14 +547,16 @@ def _score_pair(
     convention: Convention,
     nsd_tolerance: float,
 ) -> CaseScores:
-    shown = prediction, truth
+    shown, worst = (prediction, truth), 0
     if truth.ndim == 3:  # the slice with the most errors stands for the volume
         worst = int((prediction != truth).sum(axis=(0, 1)).argmax())
         shown = prediction[:, :, worst], truth[:, :, worst]
     height, width = shown[1].shape
     small = Grid(height, width, PICTURE_SIZE, "pad")
     blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
-    picture = CasePicture(blank, small.labels_to_model(shown[1]), small.labels_to_model(shown[0]))
+    picture = CasePicture(
+        blank, small.labels_to_model(shown[1]), small.labels_to_model(shown[0]), slice_index=worst
+    )
     part = _SliceScores(
         count_classes(prediction, truth, len(classes)),
         _surfaces(prediction, truth, len(classes), spacing, nsd_tolerance),

@@ -352,7 +352,8 @@ def _case_table(
     several = len(classes) > 2
     with_group = any(record.group != record.case_id for record in scores)
     with_slices = any(record.slices > 1 for record in scores)
-    unit = next((record.unit for record in scores), "px")
+    units = {record.unit for record in scores}
+    unit = units.pop() if len(units) == 1 else "mm or px" if units else "px"
     columns = ["case", "Dice"]
     columns += ["predicted Dice"] if by_doubt else []
     columns += classes[1:] if several else _metric_columns(unit)

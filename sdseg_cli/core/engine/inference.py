@@ -87,7 +87,8 @@ class Predictor:
         return_samples: keep every draw's probabilities.
         flips: ``horizontal``, ``vertical`` or both: mirrored images are predicted too, as further draws.
         largest_component: keep the largest connected component of every class of the label map, slice by
-            slice; probabilities, uncertainty and draws stay as they are.
+            slice (of volumes it is left to the caller); probabilities, uncertainty and draws stay as they
+            are.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
 
     Attributes:

@@ -26,7 +26,7 @@ from sdseg_cli.core.model.weights import (
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.seeding import derive_seed
 
-READING: tuple[str, ...] = ("window", "axis", "crop")
+READING: tuple[str, ...] = ("window", "axis", "crop", "channels")
 """Parameters of the preparation that predictions on new images need."""
 
 
@@ -57,6 +57,7 @@ class Networks:
                 "fingerprint": manifest.fingerprint,
                 # What a new image must be given before the model sees it; absent where it does not apply.
                 **{key: manifest.preparation[key] for key in READING if key in manifest.preparation},
+                "sampling": recipe.sampling.model_dump(mode="json"),
             },
             autoencoder_reference=self.autoencoder_reference,
         )

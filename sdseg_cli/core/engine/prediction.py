@@ -273,10 +273,17 @@ def trained_with(predictor: Predictor) -> Mapping[str, Any]:
     return getattr(config, "training_data", None) or {}
 
 
+def grid_of(pixels: np.ndarray, size: int, resize: Literal["squeeze", "pad"], crop: str | None) -> Grid:
+    """The way of an image (H, W, 3) to the model's grid; ``crop`` as the model's training data had it."""
+    from sdseg_cli.core.data.fundus import around_bright_disc
+
+    box = around_bright_disc(pixels) if crop == "bright" else None
+    return Grid(pixels.shape[0], pixels.shape[1], size, resize, box)
+
+
 def _read_case(
     task: PredictionTask, size: int, resize: Literal["squeeze", "pad"], crop: str | None
 ) -> _ReadCase:
-    from sdseg_cli.core.data.fundus import around_bright_disc
     from sdseg_cli.core.engine.inference import SliceInput
 
     before = task.path.stat()
@@ -284,12 +291,10 @@ def _read_case(
     after = task.path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise DataError("the file changed while it was read. Predict it again once it is complete.")
-    height, width = loaded.pixels.shape[:2]
     notes = loaded.notes
     if crop == "truth":  # which nobody has here: the user may have cropped already
         notes += ("taken as it is: the model was trained on crops around the optic disc, give it such",)
-    box = around_bright_disc(loaded.pixels) if crop == "bright" else None
-    grid = Grid(height, width, size, resize, box)
+    grid = grid_of(loaded.pixels, size, resize, crop)
     slice_input = SliceInput(task.case_id, 0, grid.image_to_model(loaded.pixels), grid)
     pixels = loaded.pixels if task.overlay is not None else None
     return _ReadCase(task, slice_input, loaded.orientation, notes, pixels)

@@ -179,8 +179,12 @@ def remove_outputs(tasks: Iterable[PredictionTask]) -> None:
     Otherwise an interrupted replacement leaves masks of two models side by side, and those of the old one
     would count as done when it goes on.
     """
+    tasks = list(tasks)
+    inputs = {task.path.resolve() for task in tasks}
     for task in tasks:
-        for path in task.outputs:
+        for path in {*task.outputs, *_masks_of_other_formats(task)}:
+            if path.resolve() in inputs:
+                continue
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 path.unlink()
 
@@ -281,6 +285,15 @@ def _series_of(files: Sequence[Path], on_stray: Callable[[Path, str], None]) -> 
         _Found(series.folder, Path(series.name), Path(series.name), is_volume=True, series=series)
         for series in found.series
     ]
+
+
+def _masks_of_other_formats(task: PredictionTask) -> list[Path]:
+    """Where the mask of a volume would lie in the other formats that it can be asked for in."""
+    if not task.is_volume:
+        return []
+    suffixes = {*_MASK_SUFFIXES.values(), *_SAME_SUFFIXES.values()}
+    own = max((suffix for suffix in suffixes if task.mask.name.endswith(suffix)), key=len)
+    return [task.mask.with_name(task.mask.name[: -len(own)] + suffix) for suffix in suffixes - {own}]
 
 
 def _mask_suffix(one: _Found, mask_format: MaskFormat) -> str:

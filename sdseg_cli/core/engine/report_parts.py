@@ -75,7 +75,7 @@ def slice_view(
     if grid is not None:
         top, left, inner_height, inner_width = grid.content
         cut = (slice(top, top + inner_height), slice(left, left + inner_width))
-        height, width = grid.height, grid.width
+        _, _, height, width = grid.seen
     stages = [Stage("image")]
     over: list[Layer] = []
     if truth is not None:

@@ -60,7 +60,7 @@ from sdseg_cli.core.engine.training_records import (
     Validated,
 )
 from sdseg_cli.core.engine.validation import Validation, validate
-from sdseg_cli.core.errors import Interrupted, OutOfMemoryError, SdsegError, UsageError
+from sdseg_cli.core.errors import DataError, Interrupted, OutOfMemoryError, SdsegError, UsageError
 from sdseg_cli.core.files import atomic_folder
 from sdseg_cli.core.model.latents import decode_logits, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
@@ -575,9 +575,14 @@ class Training:
             return float(wanted)
         split = self.dataset.split("train")
         chosen = np.random.default_rng(derive_seed("latent scale")).permutation(len(split))[:_SCALE_SAMPLE]
-        slices = [split[int(i)] for i in chosen]
-        masks = present_masks(slices, class_conditional=self._class_conditional, joint=self._joint)
-        return measure_scale(self.networks.autoencoder, list(masks), device=self.device)
+        for slices in ((split[int(i)] for i in chosen), split):  # all of them where the sample is empty
+            masks = list(present_masks(slices, class_conditional=self._class_conditional, joint=self._joint))
+            if masks:
+                return measure_scale(self.networks.autoencoder, masks, device=self.device)
+        raise DataError(
+            f"dataset {self.recipe.data.dataset}: no training slice shows any class, so there is nothing to "
+            "learn. Check the masks, or prepare it with other --fractions."
+        )
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

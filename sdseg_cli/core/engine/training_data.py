@@ -7,7 +7,7 @@ processes, loader workers or accumulated parts, and whether or not the run was i
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypedDict
@@ -174,7 +174,7 @@ def masks_of_classes(label_maps: torch.Tensor, num_classes: int) -> torch.Tensor
 
 
 def present_masks(
-    split: Sequence[PreparedSlice], *, class_conditional: bool, joint: bool = False
+    split: Iterable[PreparedSlice], *, class_conditional: bool, joint: bool = False
 ) -> Iterator[np.ndarray]:
     """Yield the masks that training encodes, uint8 (S, S) in {0, 1}, for every slice of a split.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from sdseg_cli.core.data.images import write_png
-from sdseg_cli.core.data.prepared import SplitView
+from sdseg_cli.core.data.prepared import PreparedSlice, SplitView
 from sdseg_cli.core.engine.inference import Predictor, SliceInput
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.metrics.overlap import Counts, count_classes, dice
@@ -81,12 +82,21 @@ def validate(
     )
     counts: dict[str, list[tuple[Counts, ...]]] = defaultdict(list)
     pictures = []
-    slices = [split[i] for i, case in enumerate(case_ids) if case in mine]
-    inputs = (SliceInput(item.case_id, item.slice_index, item.image, item.grid) for item in slices)
-    for item, prediction in zip(slices, predictor(inputs), strict=True):
+    last = {case: position for position, case in enumerate(case_ids)}
+    pending: deque[tuple[int, PreparedSlice]] = deque()  # a volume's slices must not all be in memory
+
+    def inputs() -> Iterator[SliceInput]:
+        for position, case in enumerate(case_ids):
+            if case in mine:
+                item = split[position]
+                pending.append((position, item))
+                yield SliceInput(item.case_id, item.slice_index, item.image, item.grid)
+
+    for prediction in predictor(inputs()):
+        position, item = pending.popleft()
         truth = item.grid.labels_to_model(item.label_map)
         counts[item.case_id].append(count_classes(prediction.label_map, truth, pipeline.num_classes))
-        if item.case_id in pictured and (truth.any() or item.slice_index == 0):
+        if item.case_id in pictured and (truth.any() or position == last[item.case_id]):
             pictured.discard(item.case_id)
             foreground = 1 - prediction.probabilities[0]
             pictures.append((item.case_id, item.image, truth, prediction.label_map, foreground))

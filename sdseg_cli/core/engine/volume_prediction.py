@@ -21,7 +21,13 @@ from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_volume, write_label_volume, write_probability_volume
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
-from sdseg_cli.core.engine.prediction import CasePrediction, agreement, count_pixels, trained_with
+from sdseg_cli.core.engine.prediction import (
+    FATAL_WRITE_ERRORS,
+    CasePrediction,
+    agreement,
+    count_pixels,
+    trained_with,
+)
 from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError
 from sdseg_cli.core.grid import Grid
@@ -54,6 +60,12 @@ class VolumeSettings:
             ModelError: the model states a window or an axis that is none.
         """
         stated = trained_with(predictor)
+        if len(set(stated.get("channels") or ())) > 1:
+            raise ModelError(
+                "the model was trained on three channels a voxel, and predict takes one volume a case: it "
+                "cannot be used on volumes here. Train one on a single channel: sdseg prepare nnunet DIR "
+                "--channels N."
+            )
         window, axis = self.window, self.axis or stated.get("axis") or "axial"
         if window is None and stated.get("window") is not None:
             try:
@@ -100,11 +112,17 @@ def predict_volumes(
                 if volume is None:
                     yield task, failure
                     continue
-                case = _Case(task, volume, chosen, predictor)
+                outcome: CasePrediction | Exception
+                case: _Case | None = None
+                try:
+                    case = _Case(task, volume, chosen, predictor)
+                    case.predict()
+                    outcome = case.write()
+                except MemoryError as error:
+                    outcome = error
                 del volume
-                case.predict()
-                yield task, case.write()
-                del case  # before the one after next is read
+                case = None  # before the one after next is read
+                yield task, outcome
         finally:
             if ahead is not None:
                 ahead.cancel()
@@ -185,9 +203,14 @@ class _Case:
 
         try:
             self._write(write)
-        except (SdsegError, OSError, MemoryError) as error:
+        except (SdsegError, MemoryError) as error:
             self._remove(done)
             return error
+        except OSError as error:
+            self._remove(done)
+            if error.errno in FATAL_WRITE_ERRORS:
+                return error
+            return DataError(f"cannot be written: {error.strerror or error}")
         except BaseException:
             self._remove(done)
             raise

@@ -176,7 +176,6 @@ def _session(folder: Path, kind: str) -> Callable[[dict[str, np.ndarray]], np.nd
 class ExportedModel:
     """A graph in the place of a pipeline, for a predictor on a CPU."""
 
-    is_diffusion = True
     device = torch.device("cpu")
 
     def __init__(self, config: ExportConfig, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> None:
