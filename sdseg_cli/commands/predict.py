@@ -199,6 +199,7 @@ def predict(
         mask_format=mask_format.value,  # type: ignore[arg-type]
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
+    limits = _window(window)
     if nan_fill is not None and not math.isfinite(nan_fill):
         raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
     if not any(task.is_volume for task in tasks):
@@ -207,9 +208,8 @@ def predict(
         unused += ["--format"] if mask_format != VolumeFormat.same else []
         if unused:
             raise UsageError(
-                f"{', '.join(unused)} only make sense with volumes, and there are none. Leave out."
+                f"{', '.join(unused)}: of use for volumes only, and there are none among the scans. Leave it out."
             )
-    limits = _window(window)
     chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
     stated = {name: value for name, value in chosen.items() if value is not None}
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}

@@ -20,7 +20,7 @@ import pytest
 import typer
 from PIL import Image
 
-from sdseg_cli.commands.predict import VolumeFormat, predict
+from sdseg_cli.commands.predict import VolumeAxis, VolumeFormat, predict
 from sdseg_cli.core.data.images import read_label_map
 from sdseg_cli.core.engine import prediction as engine
 from sdseg_cli.core.errors import DataError, UsageError
@@ -535,6 +535,16 @@ def test_masks_of_another_window_are_not_mixed(tmp_path, model, made):
     with pytest.raises(UsageError, match="window"):
         predict(scans=[folder], out=out, model=model, window="0,900", skip_existing=True)
     assert exit_code(scans=[folder], out=out, model=model, window="-100,900", skip_existing=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("window", "0,9"), ("axis", VolumeAxis.coronal), ("nan_fill", 0.0), ("mask_format", VolumeFormat.mha)],
+)
+def test_options_of_volumes_are_refused_where_there_are_none(scans, tmp_path, model, made, option, value):
+    name = {"nan_fill": "--nan-fill", "mask_format": "--format"}.get(option, f"--{option}")
+    with pytest.raises(UsageError, match=f"{name}: of use for volumes only"):
+        predict(scans=[scans], out=tmp_path / "masks", model=model, **{option: value})
 
 
 @pytest.mark.parametrize("window", ["5", "5,1", "a,b", "nan,1"])
