@@ -208,7 +208,7 @@ def predict(
         unused += ["--format"] if mask_format != VolumeFormat.same else []
         if unused:
             raise UsageError(
-                f"{', '.join(unused)}: of use for volumes only, and there are none among the scans. Leave it out."
+                f"{', '.join(unused)}: of use for volumes only, and there are none. Leave it out."
             )
     chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
     stated = {name: value for name, value in chosen.items() if value is not None}
