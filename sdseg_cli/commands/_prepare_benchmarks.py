@@ -174,7 +174,7 @@ def btcv(
 
     Examples:
         sdseg prepare btcv --source RawData.zip
-        sdseg prepare btcv --source RawData.zip --organs 13 --out data/btcv-13
+        sdseg prepare btcv --source RawData.zip --organs 13          # made in data/btcv-13
         sdseg prepare btcv --source RawData/ --window -125,275 --foreground-only --out data/btcv-wide
     """
     from sdseg_cli.core.data.benchmarks import btcv as btcv_of
@@ -182,7 +182,7 @@ def btcv(
     prepare_benchmark(
         btcv_of(organs),
         source=source,
-        out=out or Path("data") / "btcv",
+        out=out or Path("data") / ("btcv" if organs == "binary" else f"btcv-{organs}"),
         size=size,
         resize=resize,
         split=split,
