@@ -32,6 +32,8 @@ COMMANDS = {
     "predict": "Segment a folder of images.",
     "evaluate": "Score predictions against ground truth.",
     "stability": "Repeat predictions from different noise and compare them.",
+    "compare": "Put runs and other tools' masks side by side.",
+    "ablate": "Train variants of a recipe and compare them.",
     "convert": "Turn a published checkpoint into a model folder.",
     "export": "Write a model as one ONNX or OpenVINO graph.",
     "autoencoder": "Train the small autoencoder of the masks.",
@@ -49,6 +51,7 @@ sdseg train --recipe kseg-fast      # train; the run is kept in runs/
 sdseg predict scans/ --out masks/   # segment with the newest finished run
 sdseg evaluate --split test         # Dice, IoU, HD95 ... of each case
 sdseg stability --runs 10           # how much the masks depend on the noise
+sdseg compare runs/a runs/b          # accuracy, cost and stability on the same cases
 sdseg runs                          # what was trained here
 accelerate launch --multi_gpu -m sdseg_cli train --recipe kseg
 

@@ -18,9 +18,7 @@ from sdseg_cli.core.recipe import (
 from sdseg_cli.core.recipe_reference import recipe_reference
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(
-    path for path in (ROOT / "recipes").rglob("*.y*ml") if "splits" not in path.relative_to(ROOT).parts
-)
+FILES = sorted((ROOT / "recipes").glob("*.y*ml"))
 MINIMAL = "name: tiny\ndata:\n  dataset: data/tiny\n"
 
 

@@ -55,6 +55,7 @@ __all__ = [
     "recipe_to_yaml",
     "refusals",
     "resources_root",
+    "shipped_ablations",
     "shipped_recipes",
 ]
 
@@ -79,6 +80,11 @@ def resources_root() -> Path:
 def shipped_recipes() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in resources_root().glob("*.yaml"))
+
+
+def shipped_ablations() -> dict[str, Path]:
+    """Name -> file of the shipped lists of variants, for ``sdseg ablate``."""
+    return {path.stem: path for path in sorted((resources_root() / "ablations").glob("*.yaml"))}
 
 
 def find_recipe(name_or_path: str | Path) -> Path:

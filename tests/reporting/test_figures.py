@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdseg_cli.core.reporting.figures import _smoothed, dice_histogram, training_curves
+from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, dice_histogram, training_curves
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 10, "loss": 0.9, "learning_rate": 1e-4, "samples_per_second": 20.0},
@@ -76,3 +76,14 @@ def test_a_histogram_of_one_case_or_of_none_is_drawn(tmp_path: Path) -> None:
     dice_histogram({}, tmp_path / "none.png")
     assert (tmp_path / "one.png").stat().st_size > 1000
     assert (tmp_path / "none.png").exists()
+
+
+def test_convergence_shows_every_method_once_whatever_its_seeds(tmp_path: Path) -> None:
+    curve = [{"step": 10 * k, "validation_dice": 0.1 * k} for k in (1, 2, 3)]
+    timed = [*curve, *({"step": 10 * k, "seconds": 60.0 * k} for k in (1, 2, 3))]
+    convergence_curves({"ours": [timed, curve], "other": [curve]}, tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert text.count(">ours<") == text.count(">other<") == 1
+    assert "minutes trained" in text
+    convergence_curves({"ours": [[]]}, tmp_path / "none.svg")
+    assert "nothing yet" in (tmp_path / "none.svg").read_text(encoding="utf-8")

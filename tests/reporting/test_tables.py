@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from sdseg_cli.core.reporting.tables import cell, interval_cell, to_csv
+from sdseg_cli.core.reporting.page import Table
+from sdseg_cli.core.reporting.tables import cell, interval_cell, to_csv, to_latex, to_markdown
 
 
 def test_csv_keeps_every_digit_and_leaves_undefined_cells_empty():
@@ -38,3 +39,18 @@ def test_cells_show_what_is_undefined_and_what_is_infinite():
 def test_an_interval_is_a_dash_where_there_is_none():
     assert interval_cell(0.84123, 0.9) == "0.8412 – 0.9000"
     assert interval_cell(math.nan, math.nan) == "–"
+
+
+def test_markdown_and_latex_hold_every_cell_as_it_is_written():
+    table = Table("Scores", "50 % of A & B.", ("method", "Dice"), (("a|b_1", "0.4000"), ("ours", "∞")))
+    markdown = to_markdown(table)
+    assert "| a\\|b_1" in markdown
+    assert "0.4000 |" in markdown
+    assert markdown.startswith("**Scores**")
+    assert markdown.rstrip().endswith("50 % of A & B.")
+    latex = to_latex(table, "tab:x")
+    assert r"\toprule" in latex
+    assert r"a|b\_1" in latex
+    assert r"$\infty$" in latex
+    assert r"\caption{Scores. 50 \% of A \& B.}" in latex
+    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2

@@ -453,8 +453,8 @@ def pair_folders(predictions: Path, ground_truth: Path, *, allow_missing: bool =
     Raises:
         DataError: a folder is missing or empty, or predictions are missing (all are named).
     """
-    truths = _by_name(ground_truth, "ground truth")
-    predicted = _by_name(predictions, "predictions")
+    truths = masks_by_name(ground_truth, "ground truth")
+    predicted = masks_by_name(predictions, "predictions")
     pairs = tuple((name, predicted.pop(name, None), path) for name, path in truths.items())
     missing = tuple(name for name, path, _ in pairs if path is None)
     if missing and not allow_missing:
@@ -466,7 +466,12 @@ def pair_folders(predictions: Path, ground_truth: Path, *, allow_missing: bool =
     return FolderPairs(pairs, missing, tuple(predicted.values()))
 
 
-def _by_name(folder: Path, what: str) -> dict[str, Path]:
+def masks_by_name(folder: Path, what: str) -> dict[str, Path]:
+    """The label maps and label volumes of a folder by name: without suffix, in full where stems repeat.
+
+    Raises:
+        DataError: there is none; ``what`` says what they were to be.
+    """
     files = list_images(folder)
     files += [path for path in folder.iterdir() if is_volume(path) and path.is_file()]
     files = sorted(files, key=lambda path: natural_key(path.name))

@@ -18,6 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from sdseg_cli.core.files import write_whole
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7a7f87"
+# Told apart by people who see few colours (Okabe and Ito 2008); beyond them the line style changes.
+COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLES = ("-", "--", ":", "-.")
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -62,6 +65,41 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _save(figure, path)
+
+
+def convergence_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Draw the validation Dice of several methods, against the optimiser step and against the time trained.
+
+    Args:
+        runs: method -> the records of ``metrics.jsonl`` of each of its runs; one colour a method.
+        path: file to write, its suffix says the format; an older one is replaced.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    drawn = False
+    for index, (name, curves) in enumerate(runs.items()):
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
+        }
+        for number, metrics in enumerate(curves):
+            steps, dices = _series(metrics, "validation_dice")
+            if not len(steps):
+                continue
+            drawn = True
+            label = name if number == 0 else None
+            by_step.plot(steps, dices, marker="o", markersize=2.5, linewidth=1.4, label=label, **style)
+            known, seconds = _series(metrics, "seconds")
+            if len(known):
+                minutes = np.interp(steps, known, seconds) / 60
+                by_time.plot(minutes, dices, marker="o", markersize=2.5, linewidth=1.4, **style)
+    for axes, x_label in ((by_step, "optimiser step"), (by_time, "minutes trained")):
+        _prepare(axes, "validation Dice", empty=not drawn)
+        axes.set_xlabel(x_label)
+        axes.set_xlim(left=0)
+    if drawn:
+        figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -6,7 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.reporting.page import Table
+
+# What LaTeX sets in text only by a command; the rest is escaped by the library.
+_LATEX_SIGNS = {"–": "--", "±": r"$\pm$", "∞": r"$\infty$", "−": "$-$", "×": r"$\times$", "Δ": r"$\Delta$"}
 
 
 def to_csv(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -29,6 +35,49 @@ def to_csv(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None =
     for record in records:
         writer.writerow({name: _csv_cell(value) for name, value in record.items()})
     return stream.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """Write a table as Markdown with its title above and its caption below; names may hold bars."""
+    from tabulate import tabulate
+
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in table.rows]
+    body = tabulate(rows, table.columns, "pipe", colalign=_alignment(table), disable_numparse=True)
+    return f"**{table.title}**\n\n{body}\n\n{table.caption}\n"
+
+
+def to_latex(table: Table, label: str) -> str:
+    """Write a table as a LaTeX ``table`` with the rules of the package booktabs.
+
+    Args:
+        table: of text; every character that LaTeX would read is escaped.
+        label: what ``\\ref`` calls it.
+    """
+    from tabulate import tabulate
+
+    body = tabulate(
+        table.rows, table.columns, "latex_booktabs", colalign=_alignment(table), disable_numparse=True
+    )
+    caption = tabulate([[f"{table.title}. {table.caption}"]], tablefmt="latex", disable_numparse=True)
+    text = (
+        caption.splitlines()[2].removesuffix(r"\\").strip()
+    )  # the only row, escaped as the table's cells are
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{text}}}",
+        rf"\label{{{label}}}",
+        body,
+        r"\end{table}",
+    ]
+    written = "\n".join(lines)
+    for sign, command in _LATEX_SIGNS.items():
+        written = written.replace(sign, command)
+    return written + "\n"
+
+
+def _alignment(table: Table) -> list[str]:
+    return ["left", *["right"] * (len(table.columns) - 1)]
 
 
 def cell(value: float | int | None, digits: int = 4) -> str:

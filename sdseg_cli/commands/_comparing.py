@@ -1,0 +1,321 @@
+"""What ``compare`` and ``ablate`` share: from sources to scores, and the folder of a comparison."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdseg_cli import console
+from sdseg_cli.commands._measured import CASES_FILE, REPORT_FILE, SUMMARY_FILE, Model, provenance, show
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
+from sdseg_cli.core.run_directory import atomic_write, to_json
+
+if TYPE_CHECKING:
+    from sdseg_cli.core.engine.comparison import Comparison, ScoredRun
+    from sdseg_cli.core.reporting.page import Table
+
+TABLE, COSTS = "comparison", "costs"
+CURVES_FILE = "curves.png"
+MOST_LISTED = 10  # cases named on the screen
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to compare: where it is, and how it is to be sampled where that is not as its recipe says."""
+
+    location: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a comparison is made."""
+
+    split: str
+    out: Path
+    data: Path | None = None
+    baseline: str | None = None
+    convention: str | None = None
+    grid: str | None = None
+    draws: int = 5
+    common: bool = False
+    allow_missing: bool = False
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A comparison that was made, and whether every case is in it."""
+
+    comparison: Comparison
+    tables: list[Table]
+    report: dict[str, Any]
+
+
+def refuse_several_processes(command: str) -> None:
+    """A comparison measures speed, one method after the other: processes side by side would disturb it."""
+    if console.is_launched():
+        raise UsageError(
+            f"sdseg {command} runs in one process. Start it without accelerate launch or torchrun."
+        )
+
+
+def compare_and_write(methods: Mapping[str, Sequence[Source]], settings: Settings) -> Written:
+    """Score every source, compare them, and write the folder.
+
+    Args:
+        methods: name -> its sources, in the order of the table.
+        settings: how.
+
+    Raises:
+        SdsegError: a source is none, cannot be scored, or does not go with the others.
+    """
+    refuse_existing(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE)
+    if settings.baseline is not None and settings.baseline not in methods:
+        raise UsageError(
+            f"--baseline {settings.baseline}: there is no such method. There are: {', '.join(methods)}."
+        )
+    found = {name: [_Found.of(source) for source in sources] for name, sources in methods.items()}
+    settings = _settled(settings, [one for group in found.values() for one in group])
+    from sdseg_cli.core.engine.comparison import Method, compare
+
+    scored = tuple(
+        Method(name, tuple(_score(one, f"{name}: {one.source.location}", settings) for one in group))
+        for name, group in found.items()
+    )
+    with console.working("comparing"):
+        comparison = compare(scored, baseline=settings.baseline, partial=settings.common)
+    return _write(comparison, settings)
+
+
+def show_comparison(written: Written, settings: Settings, *, as_json: bool) -> None:
+    """Print the tables, or the report as JSON, and say what was written."""
+    if as_json:
+        console.show_json(written.report)
+    else:
+        for table in written.tables:
+            show(table)
+    left_out = written.comparison.left_out
+    for case, why in list(left_out.items())[:MOST_LISTED]:
+        console.warn(f"{case} is in no figure: {why}")
+    if len(left_out) > MOST_LISTED:
+        console.warn(f"and {len(left_out) - MOST_LISTED} more, see {SUMMARY_FILE}")
+    console.done(f"{settings.out}: {', '.join(written.report['files'])}")
+
+
+# ---- sources --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source and what it turned out to be: a model, a folder of masks, or scores."""
+
+    source: Source
+    kind: str
+    model: Model | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> _Found:
+        from sdseg_cli.core.data.images import list_images
+        from sdseg_cli.core.data.volumes import is_volume
+        from sdseg_cli.core.engine.comparison_sources import holds_scores
+
+        folder = Path(source.location).expanduser()
+        if holds_scores(folder):
+            return cls(source, "scores")
+        is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", "export.json"))
+        if folder.is_dir() and not is_model:
+            if not list_images(folder) and not any(is_volume(path) for path in folder.iterdir()):
+                raise UsageError(
+                    f"{folder} holds no run, no model, no masks and no scores. Give a run directory, a model "
+                    "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."
+                )
+            return cls(source, "masks")
+        model = Model.find(source.location)
+        return cls(source, "run" if model.reference.run is not None else "model", model)
+
+
+def _settled(settings: Settings, found: Sequence[_Found]) -> Settings:
+    """Fill in what is not said: the data of the first run, and how its recipe has scores counted."""
+    recipe = next((one.model.recipe for one in found if one.model is not None and one.model.recipe), None)
+    data = settings.data
+    if data is None and any(one.kind == "masks" for one in found):
+        if recipe is None:
+            raise UsageError("a folder of masks is compared on a prepared dataset: name it with --data.")
+        data = Path(recipe.data.dataset)
+    return replace(
+        settings,
+        data=data,
+        convention=settings.convention or (recipe.evaluate.convention if recipe else "standard"),
+        grid=settings.grid or (recipe.evaluate.grid if recipe else "case"),
+    )
+
+
+def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
+    from sdseg_cli.core.engine.comparison import ScoredRun
+    from sdseg_cli.core.engine.comparison_sources import read_scores, score_masks, scored
+
+    convention, grid = str(settings.convention), str(settings.grid)
+    folder = Path(found.source.location).expanduser()
+    if found.kind == "scores":
+        return read_scores(folder, convention=convention, grid=grid)
+    if found.model is not None:
+        return _score_model(found, found.model, title, settings)
+    dataset = PreparedDataset.open(settings.data or "")
+    total = len(set(dataset.split(settings.split).case_ids))
+    records = score_masks(
+        folder,
+        dataset,
+        settings.split,
+        convention=convention,  # type: ignore[arg-type]
+        grid=grid,  # type: ignore[arg-type]
+        allow_missing=settings.allow_missing,
+    )
+    rows, failed = scored(list(console.progress(records, total, title, unit="cases")))
+    return ScoredRun(str(folder), "masks", rows, failed, facts={"dataset": dataset.manifest.fingerprint})
+
+
+def _score_model(found: _Found, model: Model, title: str, settings: Settings) -> ScoredRun:
+    dataset = model.dataset(settings.data)
+    sampling = model.sampling(
+        **{
+            "num_inference_steps": None,
+            "num_samples": None,
+            "threshold": None,
+            "flips": None,
+            "largest_component": None,
+            **found.source.sampling,
+        }
+    )
+    with console.working(f"loading {found.source.location}"):
+        from sdseg_cli.core.engine.comparison import Costs, ScoredRun
+        from sdseg_cli.core.engine.comparison_sources import score_model, scored, training_costs
+        from sdseg_cli.core.engine.evaluation import CaseScores
+        from sdseg_cli.core.engine.inference import load_predictor
+
+        predictor = load_predictor(model.reference, grid=settings.grid, **sampling, **settings.loading)
+    records: list[CaseScores] = []
+    costs = Costs()
+    measured = score_model(
+        predictor,
+        dataset,
+        settings.split,
+        convention=settings.convention,  # type: ignore[arg-type]
+        grid=settings.grid,  # type: ignore[arg-type]
+        draws=settings.draws,
+    )
+    total = len(set(dataset.split(settings.split).case_ids)) + 1
+    for record in console.progress(measured, total, title, unit="cases"):
+        if isinstance(record, Costs):
+            costs = record
+        else:
+            records.append(replace(record, picture=None, stack=()))
+    for remark in predictor.warnings(predictor.looks):
+        console.warn(f"{found.source.location}: {remark}")
+    facts = {
+        **model.evidence(),
+        "dataset": {"path": str(dataset.root), "fingerprint": dataset.manifest.fingerprint},
+        "sampling": {"seed": settings.loading.get("seed", 0), **sampling},
+        "precision": predictor.precision,
+        "batch_size": predictor.batch_size,
+    }
+    del predictor, measured  # before the next one is loaded
+    gc.collect()
+    rows, failed = scored(records)
+    run = model.reference.run
+    curve: tuple[dict[str, Any], ...] = ()
+    if run is not None:
+        costs, curve = training_costs(run, costs), tuple(run.read_metrics())
+    return ScoredRun(found.source.location, found.kind, rows, failed, costs, curve, facts)
+
+
+# ---- results --------------------------------------------------------------------------------------------
+
+
+def _write(comparison: Comparison, settings: Settings) -> Written:
+    from sdseg_cli.core.engine.comparison_report import (
+        accuracy_records,
+        case_records,
+        comparison_tables,
+        cost_records,
+        mean_costs,
+    )
+    from sdseg_cli.core.reporting.figures import convergence_curves
+
+    convention = str(settings.convention)
+    tables = comparison_tables(comparison, settings.split, convention)
+    curves: dict[str, list[Any]] = {}
+    drawn: set[str] = set()
+    for method in comparison.methods:
+        for run in method.runs:
+            if run.curve and run.location not in drawn:  # what shares a training has one curve
+                drawn.add(run.location)
+                curves.setdefault(method.name, []).append(run.curve)
+    files = [f"{TABLE}.md", f"{TABLE}.csv", f"{TABLE}.tex", f"{COSTS}.csv", CASES_FILE]
+    files += [*([CURVES_FILE] if curves else []), REPORT_FILE, SUMMARY_FILE]
+    report = {
+        "split": settings.split,
+        "convention": convention,
+        "grid": settings.grid,
+        "baseline": comparison.baseline,
+        "cases": len(comparison.cases),
+        "left_out": dict(comparison.left_out),
+        "classes": list(comparison.classes),
+        "accuracy": accuracy_records(comparison),
+        "costs": {method.name: asdict(mean_costs(method)) for method in comparison.methods},
+        "methods": {method.name: [_evidence(run) for run in method.runs] for method in comparison.methods},
+        "files": files,
+        **provenance(),
+    }
+    with whole_folder(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE) as folder:
+        atomic_write(folder / f"{TABLE}.md", "\n".join(to_markdown(table) for table in tables))
+        latex = "".join(
+            to_latex(table, f"tab:sdseg-{number}") for number, table in enumerate(tables, start=1)
+        )
+        atomic_write(folder / f"{TABLE}.tex", f"% \\usepackage{{booktabs}}\n{latex}")
+        atomic_write(folder / f"{TABLE}.csv", to_csv(report["accuracy"]))
+        atomic_write(folder / f"{COSTS}.csv", to_csv(cost_records(comparison)))
+        atomic_write(folder / CASES_FILE, to_csv(case_records(comparison)))
+        if curves:
+            convergence_curves(curves, folder / CURVES_FILE)
+        atomic_write(folder / REPORT_FILE, _page(comparison, settings, tables, folder, report))
+        atomic_write(folder / SUMMARY_FILE, to_json(report, indent=2) + "\n")
+    return Written(comparison, tables, report)
+
+
+def _evidence(run: ScoredRun) -> dict[str, Any]:
+    return {"location": run.location, "kind": run.kind, "failed": dict(run.failed), **run.facts}
+
+
+def _page(
+    comparison: Comparison,
+    settings: Settings,
+    tables: Sequence[Table],
+    folder: Path,
+    report: Mapping[str, Any],
+) -> str:
+    from sdseg_cli import __version__
+    from sdseg_cli.core.data.images import read_image
+    from sdseg_cli.core.engine.comparison_report import comparison_page
+    from sdseg_cli.core.reporting.page import render_page, webp_source
+
+    picture = folder / CURVES_FILE
+    curves = webp_source(read_image(picture).pixels, longest=1200) if picture.is_file() else None
+    facts = {
+        "Split": settings.split,
+        "Grid": settings.grid,
+        "Convention for empty masks": settings.convention,
+        "Baseline": comparison.baseline,
+        **{method.name: ", ".join(run.location for run in method.runs) for method in comparison.methods},
+        "Written": report["written"],
+    }
+    title = f"Comparison of {', '.join(method.name for method in comparison.methods)}"
+    footer = f"sdseg {__version__}"
+    return render_page(comparison_page(comparison, title, tables, curves=curves, facts=facts, footer=footer))

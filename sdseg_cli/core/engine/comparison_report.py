@@ -1,0 +1,307 @@
+"""A comparison as tables (terminal, Markdown, LaTeX), as records (CSV, JSON) and as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from sdseg_cli.core.engine.comparison import COMPARED, LOWER_IS_BETTER, Accuracy, Comparison, Costs, Method
+from sdseg_cli.core.engine.evaluation import CONVENTION_TEXTS, MEAN_OF_CLASSES
+from sdseg_cli.core.engine.report_parts import MOST_ROWS
+from sdseg_cli.core.reporting.charts import DotRow, dot_plot
+from sdseg_cli.core.reporting.page import (
+    CaseTable,
+    Chart,
+    Figure,
+    Page,
+    Picture,
+    Table,
+    format_duration,
+)
+from sdseg_cli.core.reporting.tables import cell, interval_cell
+
+MOST_CHARTED = 8  # methods of one chart
+
+
+def comparison_tables(comparison: Comparison, split: str, convention: str) -> list[Table]:
+    """All tables, those left out that would say nothing."""
+    tables = [
+        _accuracy_table(comparison, f"Comparison, split {split}", convention),
+        _difference_table(comparison),
+        _class_table(comparison),
+        _cost_table(comparison),
+    ]
+    return [table for table in map(_without_empty_columns, tables) if len(table.columns) > 1]
+
+
+def _accuracy_table(comparison: Comparison, title: str, convention: str) -> Table:
+    """One row a method: means over the cases, and the interval of the Dice."""
+    columns = ["method", "Dice", "95 % interval", "IoU", "NSD", f"HD95 ({comparison.unit})"]
+    columns += ["missed", "runs", "± of runs"]
+    several_runs = any(len(method.runs) > 1 for method in comparison.methods)
+    rows = []
+    for method in comparison.methods:
+        dice = comparison.find(method.name, comparison.overall, "dice")
+        others = [_mean_of(comparison, method.name, metric) for metric in ("iou", "nsd")]
+        distance = _mean_of(comparison, method.name, "hd95", digits=2)
+        missed = f"{comparison.missed[method.name]:g}" if any(comparison.missed.values()) else "–"
+        runs = [str(len(method.runs)), cell(dice.spread)] if several_runs else ["–", "–"]
+        rows.append((method.name, cell(dice.summary.mean), _interval(dice), *others, distance, missed, *runs))
+    return Table(title, _accuracy_caption(comparison, convention), tuple(columns), tuple(rows))
+
+
+def _accuracy_caption(comparison: Comparison, convention: str) -> str:
+    over = "" if len(comparison.classes) == 1 else f", means over {len(comparison.classes) - 1} classes"
+    left_out = f" {len(comparison.left_out)} cases are left out." if comparison.left_out else ""
+    return (
+        f"{len(comparison.cases)} cases{over}; bootstrap intervals (BCa) of the mean.{left_out} "
+        f"Convention {convention!r}. {CONVENTION_TEXTS[convention]}"
+    )
+
+
+def _difference_table(comparison: Comparison) -> Table:
+    """One row a method that is not the baseline: how much better its Dice is, case by case."""
+    rows = []
+    for method in comparison.methods:
+        entry = comparison.find(method.name, comparison.overall, "dice")
+        if (difference := entry.difference) is None:
+            continue
+        interval = interval_cell(difference.low, difference.high)
+        p_values = (_p_value(difference.p_value), _p_value(entry.p_adjusted))
+        rows.append((method.name, f"{difference.mean:+.4f}", interval, *p_values, str(difference.n)))
+    caption = (
+        f"Dice minus that of {comparison.baseline}, case by case; bootstrap intervals (BCa); two-sided "
+        "p-values of the Wilcoxon signed-rank test, and adjusted over the methods by Holm."
+    )
+    columns = ("method", "difference", "95 % interval", "p", "p adjusted", "cases")
+    return Table(f"Paired differences from {comparison.baseline}", caption, columns, tuple(rows))
+
+
+def _class_table(comparison: Comparison) -> Table:
+    """Dice of every class, one column a method."""
+    names = [method.name for method in comparison.methods]
+    columns = ("class", *names) if len(comparison.classes) > 1 else ("class",)
+    rows = tuple(
+        (class_name, *(cell(comparison.find(name, class_name, "dice").summary.mean) for name in columns[1:]))
+        for class_name in comparison.classes
+    )
+    caption = f"Mean Dice over {len(comparison.cases)} cases; intervals are in comparison.csv."
+    return Table("Dice of each class", caption, columns, rows)
+
+
+def _cost_table(comparison: Comparison) -> Table:
+    """One row a method: weights, training, prediction, agreement of draws of the noise; means over runs."""
+    rows = []
+    for method in comparison.methods:
+        costs = mean_costs(method)
+        rows.append(
+            (
+                method.name,
+                "–" if costs.parameters is None else f"{costs.parameters / 1e6:.2f} M",
+                "–" if costs.training_seconds is None else format_duration(costs.training_seconds),
+                cell(costs.training_samples_per_second, 1),
+                cell(costs.training_memory_gib, 2),
+                cell(costs.images_per_second, 1),
+                cell(costs.prediction_memory_gib, 2),
+                cell(costs.agreement),
+            )
+        )
+    columns = ("method", "weights", "trained", "samples/s", "GiB", "images/s", "GiB then", "agreement")
+    return Table("Cost and stability", _cost_caption(comparison), columns, tuple(rows))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """Leave out what is known of no row."""
+    kept = [at for at in range(len(table.columns)) if at == 0 or any(row[at] != "–" for row in table.rows)]
+    rows = tuple(tuple(row[at] for at in kept) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[at] for at in kept), rows=rows)
+
+
+def _cost_caption(comparison: Comparison) -> str:
+    costs = [run.costs for method in comparison.methods for run in method.runs]
+    trained = sorted({one.training_device for one in costs if one.training_device})
+    predicted = sorted({one.prediction_device for one in costs if one.prediction_device})
+    draws = {one.draws for one in costs if one.draws}
+    parts = [f"Trained on {', '.join(trained)}."] if trained else []
+    if predicted:
+        parts.append(
+            f"Predicted one after the other on {', '.join(predicted)}: reading and prediction, no writing."
+        )
+    if any(one.training_memory_gib for one in costs) and any("cpu" in name for name in trained):
+        parts.append("On a CPU the memory is that of the whole process.")
+    if draws:
+        parts.append(f"Agreement: mean Dice between the masks of {draws.pop()} draws of the noise.")
+    return " ".join(parts)
+
+
+def mean_costs(method: Method) -> Costs:
+    """The means over a method's runs of what is known of each; of devices the first."""
+    values = {}
+    for name in asdict(Costs()):
+        known = [value for run in method.runs if (value := getattr(run.costs, name)) is not None]
+        if not known or isinstance(known[0], str):
+            values[name] = known[0] if known else None
+        else:
+            mean = sum(known) / len(known)
+            values[name] = round(mean) if name in ("parameters", "training_steps", "draws") else mean
+    return Costs(**values)
+
+
+# ---- records --------------------------------------------------------------------------------------------
+
+
+def accuracy_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """One record per method, class and metric, for ``comparison.csv``."""
+    records = []
+    for entry in comparison.accuracies:
+        difference = entry.difference
+        records.append(
+            {
+                "method": entry.method,
+                "class": entry.class_name,
+                "metric": entry.metric,
+                "mean": entry.summary.mean,
+                "low": entry.summary.low,
+                "high": entry.summary.high,
+                "median": entry.summary.median,
+                "cases": entry.summary.n,
+                "infinite": entry.summary.infinite,
+                "runs": len(entry.run_means),
+                "std_of_runs": entry.spread,
+                "baseline": comparison.baseline,
+                "difference": difference.mean if difference else math.nan,
+                "difference_low": difference.low if difference else math.nan,
+                "difference_high": difference.high if difference else math.nan,
+                "p_value": difference.p_value if difference else math.nan,
+                "p_adjusted": entry.p_adjusted,
+                "unit": comparison.unit if entry.metric in LOWER_IS_BETTER else "",
+            }
+        )
+    return records
+
+
+def cost_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """One record per run, for ``costs.csv``."""
+    return [
+        {"method": method.name, "location": run.location, **asdict(run.costs)}
+        for method in comparison.methods
+        for run in method.runs
+    ]
+
+
+def case_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """One record per run, case and class, for ``cases.csv``; the compared cases only."""
+    kept = set(comparison.cases)
+    names = ("case", "class", *COMPARED, "distance_unit", "outcome")
+    return [
+        {"method": method.name, "location": run.location, **{name: row[name] for name in names}}
+        for method in comparison.methods
+        for run in method.runs
+        for row in run.rows
+        if row["case"] in kept
+    ]
+
+
+# ---- the page -------------------------------------------------------------------------------------------
+
+
+def comparison_page(
+    comparison: Comparison,
+    title: str,
+    tables: Sequence[Table],
+    *,
+    curves: str | None,
+    facts: Mapping[str, Any],
+    footer: str,
+) -> Page:
+    """Put a comparison on one page.
+
+    Args:
+        comparison: what is shown.
+        title: of the page.
+        tables: as made here.
+        curves: ``data:`` address of the convergence curves, where anything was trained.
+        facts: names and values for the end of the page.
+        footer: the last line.
+    """
+    overall = [comparison.find(method.name, comparison.overall, "dice") for method in comparison.methods]
+    rows = [
+        DotRow(
+            entry.method,
+            entry.cases,
+            entry.summary.mean,
+            (entry.summary.low, entry.summary.high),
+            highlighted=entry.method == comparison.baseline,
+        )
+        for entry in overall[:MOST_CHARTED]
+    ]
+    chart = Chart(
+        "Dice of every case",
+        "A dot is a case; the line is the mean, the bar its 95 % interval. "
+        f"Coloured: {comparison.baseline}, the baseline.",
+        dot_plot(rows, x_label="Dice", description="Dice of every case, one row a method"),
+    )
+    figures = tuple(
+        Figure(
+            entry.method,
+            cell(entry.summary.mean),
+            "baseline" if entry.difference is None else f"{_difference(entry)} from {comparison.baseline}",
+        )
+        for entry in overall[:MOST_CHARTED]
+    )
+    pictures: tuple[Picture, ...] = ()
+    if curves is not None:
+        pictures = (Picture("Convergence", "Validation Dice during training, a colour a method.", curves),)
+    return Page(
+        title,
+        f"{len(comparison.methods)} methods on the same {len(comparison.cases)} cases.",
+        figures=figures,
+        charts=(chart,),
+        charts_title="Accuracy",
+        pictures=pictures,
+        tables=tuple(tables),
+        cases=_case_table(comparison, overall),
+        facts=tuple((name, str(value)) for name, value in facts.items()),
+        footer=footer,
+    )
+
+
+def _case_table(comparison: Comparison, overall: Sequence[Accuracy]) -> CaseTable:
+    first = overall[0].cases
+    order = sorted(range(len(first)), key=lambda at: first[at] if math.isfinite(first[at]) else math.inf)
+    of = "" if comparison.overall != MEAN_OF_CLASSES else " (mean of classes)"
+    rest = f" The first {MOST_ROWS:,}; all are in cases.csv." if len(order) > MOST_ROWS else ""
+    return CaseTable(
+        "Cases",
+        f"Dice{of} of each case by each method, the worst of {overall[0].method} first.{rest}",
+        ("case", *(entry.method for entry in overall)),
+        tuple(
+            (comparison.cases[at], *(cell(entry.cases[at]) for entry in overall)) for at in order[:MOST_ROWS]
+        ),
+        limit_column=1,
+    )
+
+
+def _mean_of(comparison: Comparison, method: str, metric: str, digits: int = 4) -> str:
+    if metric in LOWER_IS_BETTER and comparison.unit == "mixed":
+        return "–"  # millimetres and pixels have no mean
+    return cell(comparison.find(method, comparison.overall, metric).summary.mean, digits)
+
+
+def _interval(entry: Accuracy) -> str:
+    return interval_cell(entry.summary.low, entry.summary.high)
+
+
+def _difference(entry: Accuracy) -> str:
+    difference = entry.difference
+    if difference is None or math.isnan(difference.mean):
+        return "–"
+    return f"{difference.mean:+.4f} ({interval_cell(difference.low, difference.high)})"
+
+
+def _p_value(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
