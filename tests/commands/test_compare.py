@@ -4,6 +4,10 @@ import csv
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +313,32 @@ def test_a_real_training_is_started_in_a_process_of_its_own(place, tmp_path):
     costs = json.loads((out / "validation/summary.json").read_text())["costs"]
     assert costs["one"]["training_steps"] == 2
     assert costs["one"]["training_seconds"] > 0
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(place, tmp_path):
+    settings = ["train.steps=120", "train.batch_size=2", "data.workers=0", "train.validate_every=1000"]
+    settings += ["train.trackers=[]", "train.log_every=1", "train.warmup_steps=0"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    given += ["--variant", "one:", "--variant", "two: sampling.num_samples=2"]
+    run = RunDirectory(tmp_path / "out/runs/one-seed0")
+    command = [sys.executable, "-m", "sdseg_cli", *map(str, COMMON), *given, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run.metrics_file.is_file() and len(run.read_metrics()) > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert run.status == "interrupted"
+    step = int(run.latest_checkpoint().name.removeprefix("step-"))
+    assert 3 < step < 120
+    again = subprocess.run(
+        [*command, "--set", "train.steps=120"], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"steps {step + 1:,} to 120" in again.stderr
+    assert run.status == "finished"
