@@ -488,3 +488,54 @@ def test_every_listed_suffix_can_be_read(tmp_path):
     for suffix in images.IMAGE_SUFFIXES:
         file = save(tmp_path / f"a{suffix}", CORNERS, format=formats.get(suffix))
         assert read_image(file).pixels.shape == (2, 3, 3)
+
+
+# What other programs write
+
+
+@pytest.mark.faults(6)
+def test_a_16_bit_negative_is_turned_round_like_one_of_8_bits(tmp_path):
+    import tifffile
+
+    for dtype, most in ((np.uint8, 255), (np.uint16, 65535)):
+        values = np.array([[0, most // 5, most]], dtype)
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
+        assert read_image(tmp_path / "a.tif").pixels[0, :, 0].tolist() == [255, 204, 0]
+        as_labels = np.array([[0, 3, 7]], np.uint16)
+    tifffile.imwrite(tmp_path / "m.tif", as_labels, photometric="miniswhite")
+    assert read_label_map(tmp_path / "m.tif").tolist() == as_labels.tolist()
+
+
+@pytest.mark.faults(5)
+@pytest.mark.parametrize("dtype", ["float64", "uint64", "complex64"])
+def test_numbers_of_a_kind_that_is_not_read_are_named_as_such(tmp_path, dtype):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8), dtype))
+    with pytest.raises(
+        DataError, match=r"a\.tif: .*of a kind that is not read: 8 or 16 bits a channel are"
+    ) as error:
+        read_image(tmp_path / "a.tif")
+    assert "BufferedReader" not in str(error.value)
+
+
+@pytest.mark.faults(5, 25)
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            ValueError("conversion from LAB to RGB not supported"),
+            "cannot be decoded as PNG .conversion from LAB",
+        ),
+        (MemoryError(), "too large for the memory of this machine"),
+    ],
+)
+def test_what_fails_after_decoding_is_a_failure_of_that_file_too(tmp_path, monkeypatch, problem, message):
+    file = save(tmp_path / "a.png", CORNERS)
+
+    def fails(*_):
+        raise problem
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(DataError, match=rf"a\.png: {message}"):
+        read_image(file)
