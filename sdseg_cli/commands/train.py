@@ -100,8 +100,8 @@ def train(
         accelerate launch --multi_gpu -m sdseg_cli train -r kseg # every GPU of this machine
     """
     from sdseg_cli.core.errors import UsageError
-    from sdseg_cli.core.recipe import load_recipe
     from sdseg_cli.core.files import refuse_unwritable
+    from sdseg_cli.core.recipe import load_recipe
     from sdseg_cli.core.run_directory import RUNS_ROOT, RunDirectory, refuse_taken
 
     if (recipe is None) == (resume is None):

@@ -128,8 +128,8 @@ def refuse_unwritable(path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be written: {nearest}: {error.strerror or error}. Choose another --out, or mend its "
-            "permissions."
+            f"{path} cannot be written: {nearest}: {error.strerror or error}. Choose another --out, or mend "
+            "its permissions."
         ) from error
 
 

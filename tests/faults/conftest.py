@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import multiprocessing
+import runpy
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +154,43 @@ def tiny_model(tiny_recipe, polyps, tmp_path_factory) -> Path:
     build_networks(recipe, 2).pipeline(manifest, recipe, 1.0).save_pretrained(run.model)
     run.finish("finished")
     return run.root
+
+
+@pytest.fixture(scope="session")
+def hardship(tmp_path_factory) -> Callable[..., Any]:
+    """Start ``sdseg`` in a process of its own under a hardship of ``process.py``.
+
+    ``hardship("train", ..., stuck_step=(3, sign))`` gives a ``multiprocessing`` process with ``log``, what it
+    printed. A server that has imported everything forks them, so that a start takes a fraction of a second.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["sdseg_cli.commands.train", "sdseg_cli.commands.predict", "sdseg_cli.core.engine.training"]
+    )
+    logs = tmp_path_factory.mktemp("hardships")
+    numbers = itertools.count()
+    script = str(Path(__file__).with_name("process.py"))
+
+    def start(*arguments: object, **hardships: tuple[object, ...]) -> Any:
+        log = logs / f"{next(numbers)}.txt"
+        given = {"ARGUMENTS": [*map(str, arguments)], "LOG": str(log), "HARDSHIPS": hardships}
+        process = context.Process(target=runpy.run_path, args=(script, given, "__main__"))
+        process.start()
+        process.log = lambda: " ".join(log.read_text().split()) if log.exists() else ""  # type: ignore[attr-defined]
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    """Wait until a condition holds, while a process lives."""
+
+    def wait(condition: Callable[[], object], process: Any, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert process.is_alive(), process.log()
+            assert time.monotonic() < end, process.log()
+            time.sleep(0.01)
+
+    return wait

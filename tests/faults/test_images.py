@@ -107,8 +107,8 @@ def test_16_bit_pictures_are_scaled_not_clipped_and_it_is_said(suffix, predict, 
 
 
 MODES = {
-    "RGBA": "png", "P": "png", "PA": "tif", "CMYK": "tif", "CMYK of a printer": "jpg", "1": "png", "LA": "png",
-    "LAB": "tif", "YCbCr": "jpg", "I;16": "png", "I": "tif", "F": "tif",
+    "RGBA": "png", "P": "png", "PA": "tif", "CMYK": "tif", "CMYK of a printer": "jpg", "1": "png",
+    "LA": "png", "LAB": "tif", "YCbCr": "jpg", "I;16": "png", "I": "tif", "F": "tif",
 }  # fmt: skip
 
 

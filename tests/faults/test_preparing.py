@@ -1,4 +1,4 @@
-"""Rows 13 and 14, and 12 and 23 where they concern datasets: ``sdseg prepare`` refuses, by name and in one pass."""
+"""Rows 12 to 14 and 23 for datasets: ``sdseg prepare`` refuses by name and in one pass."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: make_tar(p, {**GOOD, tar_link(tarfile.LNKTYPE, "../../secret"): b""}),
         "is a link or device",
     ),
-    "device.tar.gz": (lambda p: make_tar(p, {**GOOD, tar_link(tarfile.CHRTYPE, ""): b""}), "is a link or device"),
+    "device.tar.gz": (
+        lambda p: make_tar(p, {**GOOD, tar_link(tarfile.CHRTYPE, ""): b""}),
+        "is a link or device",
+    ),
     "bomb.zip": (lambda p: make_zip(p, {**GOOD, "zeros.png": bytes(80 * 2**20)}), "a decompression bomb?"),
     "bomb.tar.gz": (lambda p: make_tar(p, {**GOOD, "zeros.png": bytes(80 * 2**20)}), "a decompression bomb?"),
     "cut.zip": (

@@ -199,14 +199,12 @@ def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
             )
         if int(header.get("SamplesPerPixel", 1) or 1) != 1:
             raise DataError(f"{where}: {path.name} is in colour; expected grey slices. Export it as PNG.")
-        size, least = (
-            path.stat().st_size,
-            int(header.Columns) * int(header.Rows) * int(header.BitsAllocated) // 8,
-        )
-        if least > size and not _is_compressed(header):
+        claimed = int(header.Columns) * int(header.Rows) * int(header.BitsAllocated) // 8
+        size = path.stat().st_size
+        if claimed > size and not _is_compressed(header):
             raise DataError(
-                f"{where}: {path.name} claims {header.Columns} x {header.Rows} pixels of {header.BitsAllocated} "
-                f"bits, and has only {size} bytes. It is damaged or cut short: fetch the series again."
+                f"{where}: {path.name} claims {header.Columns} x {header.Rows} pixels of "
+                f"{header.BitsAllocated} bits, and has only {size} bytes. It is damaged or cut short: fetch the series again."
             )
     sizes = Counter((int(header.Columns), int(header.Rows)) for header in slices)
     if len(sizes) > 1:
