@@ -204,7 +204,8 @@ def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
         if claimed > size and not _is_compressed(header):
             raise DataError(
                 f"{where}: {path.name} claims {header.Columns} x {header.Rows} pixels of "
-                f"{header.BitsAllocated} bits, and has only {size} bytes. It is damaged or cut short: fetch the series again."
+                f"{header.BitsAllocated} bits, and has only {size} bytes. It is damaged or cut short: "
+                "fetch the series again."
             )
     sizes = Counter((int(header.Columns), int(header.Rows)) for header in slices)
     if len(sizes) > 1:
