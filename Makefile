@@ -1,5 +1,6 @@
 # make demo   the whole round on made-up data, ending with demo/index.html
 # make test   the tests
+# make faults those of bad files, full disks and interruptions, the slow ones too (docs/faults.md)
 # make lint   ruff and mypy
 # make docs   docs/recipes.md, from the schema
 #
@@ -19,7 +20,7 @@ READY := $(VENV)/.sdseg-ready
 # A virtual environment must not be steered by the one that make was called from.
 unexport PYTHONHOME
 
-.PHONY: help demo test lint docs install clean
+.PHONY: help demo test faults lint docs install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,9 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m faults $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

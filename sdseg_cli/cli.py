@@ -10,7 +10,6 @@ is done), 130 Ctrl-C, 143 SIGTERM.
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import inspect
 import os
@@ -240,7 +239,7 @@ def main(args: list[str] | None = None) -> NoReturn:
 def _exit_code_of(error: Exception) -> int:
     """Tell the user what went wrong; an error that is sdseg's own fault keeps its traceback."""
     from sdseg_cli.console import fail, say
-    from sdseg_cli.core.errors import Interrupted, SdsegError
+    from sdseg_cli.core.errors import Interrupted, SdsegError, is_disk_full
 
     if isinstance(error, Interrupted):
         say(str(error))
@@ -250,7 +249,7 @@ def _exit_code_of(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         return 1
-    if _is_disk_full(error):
+    if is_disk_full(error):
         where = getattr(error, "filename", None)
         fail(
             f"the disk is full{f' at {where}' if where else ''}: {error}. What was finished before is whole. "
@@ -264,13 +263,6 @@ def _exit_code_of(error: Exception) -> int:
         fail("out of memory. Use a smaller --batch-size, fewer --workers or a smaller image size.")
         return 1
     raise error
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether the disk or a quota is full; some libraries only say so in the text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error)
 
 
 def _say_stopped(code: int) -> None:

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import runpy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,3 +189,27 @@ def sdseg_process(tmp_path_factory) -> Callable[..., Any]:
         return process
 
     return start
+
+
+# The table of faults ---------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # a report carries the rows of its test to the process that prints the table
+        rows = sorted({row for mark in item.iter_markers("faults") for row in mark.args})
+        item.user_properties.append(("rows of docs/faults.md", rows))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With ``-m faults``, print what became of each row of docs/faults.md."""
+    if "faults" not in (config.option.markexpr or "").replace("not faults", ""):
+        return
+    outcomes: dict[int, Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in dict(report.user_properties).get("rows of docs/faults.md", []):
+                outcomes.setdefault(row, Counter())[outcome] += 1
+    terminalreporter.section("faults, by the rows of docs/faults.md")
+    for row, counts in sorted(outcomes.items()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(f"{row:3}  {told}")

@@ -213,7 +213,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         cli.main([])
 
 
-@pytest.mark.faults
+@pytest.mark.faults(28)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_runs_the_clean_up_and_ends_with_its_code(number, code):
     program = (

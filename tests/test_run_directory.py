@@ -145,7 +145,7 @@ def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     assert run.all_checkpoints()[0].name == "step-000500"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(21)
 def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     run = RunDirectory.create(tmp_path / "run", RECIPE)
     with run.lock():

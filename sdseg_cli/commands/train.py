@@ -100,8 +100,9 @@ def train(
         accelerate launch --multi_gpu -m sdseg_cli train -r kseg # every GPU of this machine
     """
     from sdseg_cli.core.errors import UsageError
+    from sdseg_cli.core.files import refuse_unwritable
     from sdseg_cli.core.recipe import load_recipe
-    from sdseg_cli.core.run_directory import RunDirectory, refuse_taken
+    from sdseg_cli.core.run_directory import RUNS_ROOT, RunDirectory, refuse_taken
 
     if (recipe is None) == (resume is None):
         raise UsageError("give either --recipe (a new run) or --resume RUN (an interrupted one).")
@@ -115,8 +116,11 @@ def train(
         return
     _check_dataset(chosen)
     if resume is None:
-        if out is not None and console.is_main_process():
-            refuse_taken(out, overwrite=overwrite)
+        if console.is_main_process():
+            if out is None:
+                refuse_unwritable(RUNS_ROOT / chosen.name)
+            else:
+                refuse_taken(out, overwrite=overwrite)
         training = _prepared(chosen, device)
         run = _create_run(out, chosen, overwrite)
     with run.lock() if console.is_main_process() else nullcontext():

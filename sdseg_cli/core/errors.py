@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message says what, where, found, expected and the remedy."""
 
+import errno
+
 
 class SdsegError(Exception):
     """Something the user can mend; shown without a traceback and turned into ``exit_code``."""
@@ -35,3 +37,10 @@ class Interrupted(SdsegError):  # noqa: N818  (an end that was asked for, not a 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk or a quota is full; some libraries only say so in the text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)

@@ -97,6 +97,7 @@ def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
         overwrite: whether an existing folder of ours may be replaced.
         ours: a file whose presence shows that an existing folder was written by sdseg.
     """
+    refuse_unwritable(path)
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
@@ -112,6 +113,24 @@ def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
         raise UsageError(
             f"{path}: the folder exists already. Pass --overwrite to replace it, or choose another --out."
         )
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise a UsageError where ``path`` could not be made; nothing is left behind.
+
+    The work that fills it may take hours: this is to be asked before.
+    """
+    nearest = path.parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(prefix=".sdseg-", dir=nearest):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {nearest}: {error.strerror or error}. Choose another --out, or mend "
+            "its permissions."
+        ) from error
 
 
 def make_shared(path: Path) -> None:

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from sdseg_cli import __version__
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import EXPORT_FILE, write_whole
+from sdseg_cli.core.files import EXPORT_FILE, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
@@ -404,6 +404,7 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
         UsageError: says whose it is and what to do.
     """
     run = RunDirectory(path)
+    refuse_unwritable(path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a folder for the run. Choose another --out.")
     if path.is_dir() and any(path.iterdir()):

@@ -292,7 +292,7 @@ def test_an_interrupted_replacement_leaves_no_mask_of_before_to_be_taken_for_a_n
     assert list(out.glob("*.png")) == []
 
 
-@pytest.mark.faults
+@pytest.mark.faults(22)
 def test_an_output_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
     scans, tmp_path, model, made
 ):
@@ -316,7 +316,7 @@ def test_without_any_run_the_message_says_how_to_make_one(scans, tmp_path, monke
         predict(scans=[scans], out=tmp_path / "masks")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_a_full_disk_ends_with_an_error_and_what_was_done_is_listed(
     scans, tmp_path, model, made, monkeypatch, capfd
 ):
@@ -339,7 +339,7 @@ def test_a_full_disk_ends_with_an_error_and_what_was_done_is_listed(
     assert json.loads((out / "prediction.json").read_text())["status"] == "stopped"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_a_disk_too_full_for_the_summary_lists_what_was_done_on_the_screen(
     scans, tmp_path, model, made, monkeypatch, capfd
 ):
@@ -399,7 +399,7 @@ def start_slow(tmp_path: Path, scans: Path, model: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.faults
+@pytest.mark.faults(28)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_in_order_with_whole_masks_and_a_summary(tmp_path, slow_scans, model, number, code):
     process = start_slow(tmp_path, slow_scans, model)
@@ -420,7 +420,7 @@ def test_a_signal_ends_in_order_with_whole_masks_and_a_summary(tmp_path, slow_sc
     assert not list(out.glob("*.partial"))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(24)
 def test_something_is_on_the_screen_within_two_seconds_also_for_many_files(tmp_path, model):
     folder = tmp_path / "ten-thousand"
     folder.mkdir()

@@ -195,7 +195,7 @@ def metrics(run: RunDirectory) -> int:
     return len(run.metrics_file.read_bytes().splitlines()) if run.metrics_file.exists() else 0
 
 
-@pytest.mark.faults
+@pytest.mark.faults(28)
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_process_and_loaders_saves_and_ends_in_order(
@@ -217,7 +217,7 @@ def test_a_signal_to_process_and_loaders_saves_and_ends_in_order(
     assert f"stopped after step {step}, and everything is saved" in " ".join(process.log().split())
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 def test_a_run_killed_from_outside_again_and_again_is_resumed_to_the_same_end(
     recipe, sdseg_process, state_of, tmp_path
 ):
@@ -241,7 +241,7 @@ def test_a_run_killed_from_outside_again_and_again_is_resumed_to_the_same_end(
     assert state_of(run) == state_of(RunDirectory(tmp_path / "whole"))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(21)
 def test_the_second_run_on_a_directory_leaves_at_once_and_names_the_first(
     recipe, sdseg_process, sdseg, tmp_path
 ):
@@ -411,7 +411,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(sdseg, recipe, 
     assert [path.name for path in RunDirectory(tmp_path / "run").all_checkpoints()] == ["step-000001"]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(15)
 @pytest.mark.parametrize("name", ["model.ckpt", "weights.pth", "folder.safetensors"])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "stability"])
 def test_a_checkpoint_file_given_as_a_model_is_never_executed(name, command, sdseg, recipe, tmp_path, polyps):
@@ -434,7 +434,7 @@ def test_a_checkpoint_file_given_as_a_model_is_never_executed(name, command, sds
 # Faults on the way
 
 
-@pytest.mark.faults
+@pytest.mark.faults(20)
 def test_out_of_memory_is_a_message_with_the_setting_to_change(sdseg, recipe, tmp_path, monkeypatch):
     from sdseg_cli.core.engine import training
 
@@ -449,7 +449,7 @@ def test_out_of_memory_is_a_message_with_the_setting_to_change(sdseg, recipe, tm
     assert RunDirectory.open(tmp_path / "run").status == "failed"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(20)
 def test_out_of_memory_in_the_validation_makes_smaller_batches(sdseg, recipe, monkeypatch):
     from sdseg_cli.core.model.pipeline import SDSegPipeline
 
@@ -468,7 +468,7 @@ def test_out_of_memory_in_the_validation_makes_smaller_batches(sdseg, recipe, mo
     assert sizes[:3] == [2, 1, 1]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(17)
 @pytest.mark.parametrize("place", ["checkpoint", "model", "metrics", "picture"])
 def test_a_full_disk_ends_with_a_message_and_exit_code_1(place, sdseg, recipe, tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline

@@ -9,7 +9,7 @@ from sdseg_cli.core.data import archives
 from sdseg_cli.core.data.archives import is_archive, unpack, unpacked
 from sdseg_cli.core.errors import DataError
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.faults(14)
 
 
 def make_zip(path, files, **options):

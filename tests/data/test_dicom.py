@@ -123,7 +123,7 @@ def test_jpeg_lossless_and_jpeg_2000_slices_are_read(tmp_path: Path, compressor:
     np.testing.assert_array_equal(volume.voxels[:, :, 0], values[0].T)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(10)
 def test_several_series_and_strays_in_one_folder_are_told_apart(tmp_path: Path) -> None:
     write_series(tmp_path, description="Portal venous 3.0", prefix="A")
     write_series(tmp_path, description="Lung", prefix="B", count=3)
@@ -144,14 +144,14 @@ def test_several_series_and_strays_in_one_folder_are_told_apart(tmp_path: Path) 
     assert find_series([tmp_path / "readme.txt"]).strays == ()
 
 
-@pytest.mark.faults
+@pytest.mark.faults(11)
 def test_a_missing_slice_is_refused_with_its_place(tmp_path: Path) -> None:
     write_series(tmp_path, oblique=False)[2].unlink()
     with pytest.raises(DataError, match=r"missing between 12\.50 and 17\.50 mm.*2\.50 mm apart"):
         read_series(only(tmp_path))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(11)
 def test_a_doubled_slice_is_refused_with_its_place(tmp_path: Path) -> None:
     paths = write_series(tmp_path, oblique=False)
     (tmp_path / "copy.dcm").write_bytes(paths[1].read_bytes())
@@ -159,7 +159,7 @@ def test_a_doubled_slice_is_refused_with_its_place(tmp_path: Path) -> None:
         read_series(only(tmp_path))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(11)
 def test_uneven_slices_are_refused_and_rounded_ones_noted(tmp_path: Path) -> None:
     paths = write_series(tmp_path, oblique=False)
     data = pydicom.dcmread(paths[2])
@@ -199,7 +199,7 @@ def test_what_is_no_stack_of_grey_slices_is_refused_with_a_hint(
         read_series(only(tmp_path))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(10)
 def test_a_slice_with_cut_pixels_is_refused_by_name(tmp_path: Path) -> None:
     path = write_series(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-50])
@@ -258,7 +258,7 @@ def test_a_series_whose_headers_cannot_be_used_is_refused_by_name(name, value, m
         read_series(only(tmp_path))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(10)
 def test_a_damaged_value_makes_a_stray_and_not_the_end_of_the_search(tmp_path):
     paths = write_series(tmp_path)
     data = paths[0].read_bytes()

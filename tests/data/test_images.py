@@ -66,11 +66,13 @@ def test_grey_becomes_three_equal_channels(tmp_path):
     assert np.array_equal(pixels[..., 2], CORNERS)
 
 
+@pytest.mark.faults(7)
 def test_one_bit_becomes_black_and_white(tmp_path):
     array = np.array([[0, 255], [255, 0]], np.uint8)
     assert np.array_equal(read_image(save(tmp_path / "a.png", array, "1")).pixels[..., 1], array)
 
 
+@pytest.mark.faults(7)
 def test_palette_becomes_its_colours(tmp_path):
     picture = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     picture.putpalette([10, 20, 30, 40, 50, 60])
@@ -78,6 +80,7 @@ def test_palette_becomes_its_colours(tmp_path):
     assert read_image(tmp_path / "a.png").pixels.tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
+@pytest.mark.faults(7)
 def test_cmyk_becomes_rgb(tmp_path):
     ink = np.zeros((1, 2, 4), np.uint8)
     ink[0, 1] = (0, 255, 255, 0)
@@ -85,6 +88,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert read_image(tmp_path / "a.tif").pixels.tolist() == [[[255, 255, 255], [255, 0, 0]]]
 
 
+@pytest.mark.faults(7)
 def test_transparent_pixels_are_laid_over_black_and_it_is_said(tmp_path):
     rgba = np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], np.uint8)
     loaded = read_image(save(tmp_path / "a.png", rgba))
@@ -99,7 +103,7 @@ def test_opaque_alpha_changes_nothing_and_says_nothing(tmp_path):
     assert loaded.notes == ()
 
 
-@pytest.mark.faults
+@pytest.mark.faults(6)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_is_scaled_not_clipped_and_said(tmp_path, suffix):
     values = np.array([[1000, 2000], [3000, 5000]], np.uint16)
@@ -125,7 +129,7 @@ def test_16_bit_colour_in_tiff_keeps_its_precision(tmp_path):
     assert loaded.notes == ("16-bit scaled from [0, 250]",)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(6)
 def test_16_bit_colour_in_png_keeps_its_precision(tmp_path):
     colours = np.zeros((3, 1, 3), np.uint16)
     colours[:, 0, 0] = (0, 50, 250)
@@ -134,7 +138,7 @@ def test_16_bit_colour_in_png_keeps_its_precision(tmp_path):
     assert loaded.notes == ("16-bit scaled from [0, 250]",)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(6)
 def test_16_bit_grey_and_alpha_is_cut_to_the_high_byte_and_it_is_said(tmp_path):
     pixels = np.array([[[0x1234, 0xFFFF], [0xABCD, 0xFFFF]]], np.uint16)
     loaded = read_image(wide_png(tmp_path / "a.png", pixels, colour_type=4))
@@ -142,7 +146,7 @@ def test_16_bit_grey_and_alpha_is_cut_to_the_high_byte_and_it_is_said(tmp_path):
     assert loaded.notes == ("16-bit colour read by its high byte (0..65535 to 0..255)",)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(6)
 def test_16_bit_planes_one_after_another_are_refused_rather_than_read_as_noise(tmp_path):
     import tifffile
 
@@ -180,7 +184,7 @@ def test_orientation_6_turns_the_picture_clockwise():
     assert make_upright(CORNERS, 6).tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(8)
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
@@ -190,7 +194,7 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     assert np.array_equal(loaded.pixels[..., 0], make_upright(CORNERS * 40, orientation))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(8)
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("num_classes", [2, 7])
 def test_a_mask_lies_like_its_image_in_every_viewer(tmp_path, orientation, num_classes):
@@ -211,7 +215,7 @@ def test_a_nonsense_orientation_tag_counts_as_upright(tmp_path):
 # Damaged files
 
 
-@pytest.mark.faults
+@pytest.mark.faults(5)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
 def test_an_empty_file_fails_by_name(tmp_path, suffix):
     file = tmp_path / f"a.{suffix}"
@@ -220,7 +224,7 @@ def test_an_empty_file_fails_by_name(tmp_path, suffix):
         read_image(file)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(5)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_a_cut_file_fails_by_name(tmp_path, suffix, share):
@@ -232,7 +236,7 @@ def test_a_cut_file_fails_by_name(tmp_path, suffix, share):
         read_image(file)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(5)
 def test_one_flipped_byte_in_a_png_is_noticed(tmp_path):
     file = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     payload = bytearray(file.read_bytes())
@@ -242,14 +246,14 @@ def test_one_flipped_byte_in_a_png_is_noticed(tmp_path):
         read_image(file)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(5)
 def test_text_under_an_image_name_fails_by_name(tmp_path):
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded as PNG"):
         read_image(tmp_path / "a.png")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(5)
 def test_a_mislabelled_file_fails_with_the_right_name(tmp_path):
     save(tmp_path / "a.jpg", CORNERS).rename(tmp_path / "a.png")
     expected = r"a\.png: the name says PNG, the content is JPEG. Rename it to a\.jpeg"
@@ -266,7 +270,7 @@ def test_missing_files_and_folders_fail_by_name(tmp_path):
         read_image(tmp_path / "folder.png")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(4)
 @pytest.mark.parametrize("side", [20_000, 60_000])
 def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding(tmp_path, side):
     buffer = io.BytesIO()
@@ -296,7 +300,7 @@ def test_a_preview_page_is_left_alone_and_it_is_said(tmp_path):
 # Label maps
 
 
-@pytest.mark.faults
+@pytest.mark.faults(7)
 def test_palette_masks_keep_their_indices(tmp_path):
     picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
     picture.putpalette([0, 0, 0, 9, 9, 9, 255, 0, 0])
@@ -438,7 +442,7 @@ def test_16_bit_planes_are_written_exactly(tmp_path):
         assert np.array_equal(np.asarray(picture), values)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
     write_png(tmp_path / "p.png", CORNERS)
     before = (tmp_path / "p.png").read_bytes()
@@ -453,7 +457,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
     assert (tmp_path / "p.png").read_bytes() == before
 
 
-@pytest.mark.faults
+@pytest.mark.faults(23)
 @pytest.mark.parametrize("stem", ["with blank", "größe-ñ-医学", "n" * 251, ".hidden"])
 def test_odd_file_names_make_the_round_trip(tmp_path, stem):
     path = tmp_path / f"{stem}.png"
@@ -488,3 +492,54 @@ def test_every_listed_suffix_can_be_read(tmp_path):
     for suffix in images.IMAGE_SUFFIXES:
         file = save(tmp_path / f"a{suffix}", CORNERS, format=formats.get(suffix))
         assert read_image(file).pixels.shape == (2, 3, 3)
+
+
+# What other programs write
+
+
+@pytest.mark.faults(6)
+def test_a_16_bit_negative_is_turned_round_like_one_of_8_bits(tmp_path):
+    import tifffile
+
+    for dtype, most in ((np.uint8, 255), (np.uint16, 65535)):
+        values = np.array([[0, most // 5, most]], dtype)
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
+        assert read_image(tmp_path / "a.tif").pixels[0, :, 0].tolist() == [255, 204, 0]
+        as_labels = np.array([[0, 3, 7]], np.uint16)
+    tifffile.imwrite(tmp_path / "m.tif", as_labels, photometric="miniswhite")
+    assert read_label_map(tmp_path / "m.tif").tolist() == as_labels.tolist()
+
+
+@pytest.mark.faults(5)
+@pytest.mark.parametrize("dtype", ["float64", "uint64", "complex64"])
+def test_numbers_of_a_kind_that_is_not_read_are_named_as_such(tmp_path, dtype):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8), dtype))
+    with pytest.raises(
+        DataError, match=r"a\.tif: .*of a kind that is not read: 8 or 16 bits a channel are"
+    ) as error:
+        read_image(tmp_path / "a.tif")
+    assert "BufferedReader" not in str(error.value)
+
+
+@pytest.mark.faults(5, 25)
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            ValueError("conversion from LAB to RGB not supported"),
+            "cannot be decoded as PNG .conversion from LAB",
+        ),
+        (MemoryError(), "too large for the memory of this machine"),
+    ],
+)
+def test_what_fails_after_decoding_is_a_failure_of_that_file_too(tmp_path, monkeypatch, problem, message):
+    file = save(tmp_path / "a.png", CORNERS)
+
+    def fails(*_):
+        raise problem
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(DataError, match=rf"a\.png: {message}"):
+        read_image(file)

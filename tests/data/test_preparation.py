@@ -198,7 +198,7 @@ def spoil(files):
     Image.fromarray(np.zeros((20, 31), np.uint8)).save(files / "masks" / "2.png")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(13)
 def test_every_bad_case_is_listed_in_one_pass_and_nothing_is_written(tmp_path, files):
     spoil(files)
     before = everything_in(tmp_path)
@@ -214,7 +214,7 @@ def test_every_bad_case_is_listed_in_one_pass_and_nothing_is_written(tmp_path, f
     assert everything_in(tmp_path) == before
 
 
-@pytest.mark.faults
+@pytest.mark.faults(13)
 def test_bad_cases_are_excluded_by_an_explicit_wish_and_recorded(tmp_path, files):
     spoil(files)
     problems = [Problem("9", "image 9.png has no mask")]

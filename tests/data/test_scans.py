@@ -113,7 +113,7 @@ def test_training_slices_without_foreground_can_be_left_out(btcv_tree, tmp_path)
     assert dataset.manifest.preparation["foreground_slices_only"] is True
 
 
-@pytest.mark.faults
+@pytest.mark.faults(13)
 def test_every_bad_volume_is_listed_in_one_pass_and_nothing_is_written(btcv_tree, tmp_path):
     home = btcv_tree / "RawData" / "Training"
     voxels, labels = scan()

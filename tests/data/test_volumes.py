@@ -87,6 +87,7 @@ def test_every_format_is_read_with_the_voxels_where_the_other_library_puts_them(
         assert sitk.ReadImage(str(path))[index] == volume.voxels[index]
 
 
+@pytest.mark.faults(9)
 @pytest.mark.parametrize("suffix", WRITABLE_SUFFIXES)
 @pytest.mark.parametrize("shear", [0.0, 0.3])
 def test_labels_written_in_every_format_lie_where_they_were(
@@ -140,6 +141,7 @@ def test_differences_name_size_spacing_origin_and_direction() -> None:
     assert "0, 0, 180 degrees" in sentence
 
 
+@pytest.mark.faults(9)
 def test_a_nifti_mask_keeps_codes_and_description_of_the_scan(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(scan(), oblique())
     shifted = oblique()
@@ -159,6 +161,7 @@ def test_a_nifti_mask_keeps_codes_and_description_of_the_scan(tmp_path: Path) ->
     assert mask.get_data_dtype() == np.uint8
 
 
+@pytest.mark.faults(9)
 def test_shear_is_kept_with_a_note(tmp_path: Path) -> None:
     volume = read_volume(save_nifti(tmp_path / "a.nii", scan(), oblique(0.3)))
     assert any("sheared by" in note for note in volume.notes)
@@ -180,6 +183,7 @@ def test_slope_and_intercept_do_not_overflow(tmp_path: Path) -> None:
     assert volume.voxels[0, 0, 0] == pytest.approx(float(stored[0, 0, 0]) * slope + intercept)
 
 
+@pytest.mark.faults(3)
 def test_voxels_that_are_not_finite_are_counted_or_filled(tmp_path: Path) -> None:
     voxels = scan("float32")
     voxels[0, 0, :2] = np.nan
@@ -202,7 +206,7 @@ def test_big_endian_and_unsigned_files_keep_their_values(tmp_path: Path) -> None
     assert volume.voxels.dtype.isnative
 
 
-@pytest.mark.faults
+@pytest.mark.faults(13)
 def test_labels_that_are_no_classes_are_listed(tmp_path: Path) -> None:
     labels = np.zeros(SHAPE, np.float32)
     labels[0, 0, 0], labels[1, 0, 0], labels[2, 0, 0] = 1, 7, 2.5
@@ -219,7 +223,7 @@ def test_labels_that_are_no_classes_are_listed(tmp_path: Path) -> None:
 # ---- shapes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
+@pytest.mark.faults(12)
 def test_several_volumes_and_colours_are_refused_with_a_hint(tmp_path: Path) -> None:
     save_nifti(tmp_path / "four.nii", np.zeros((4, 4, 4, 2), np.int16))
     with pytest.raises(DataError, match=r"4 dimensions \(4 x 4 x 4 x 2\).*file of its own"):
@@ -233,6 +237,7 @@ def test_several_volumes_and_colours_are_refused_with_a_hint(tmp_path: Path) -> 
         read_volume(tmp_path / "rgb.mha")
 
 
+@pytest.mark.faults(12)
 def test_a_single_slice_and_a_single_time_point_are_volumes(tmp_path: Path) -> None:
     assert read_volume(save_nifti(tmp_path / "a.nii", scan()[..., None])).geometry.shape == SHAPE
     assert read_volume(save_nifti(tmp_path / "b.nii", scan()[:, :, :1])).voxels.shape == (7, 6, 1)
@@ -244,7 +249,7 @@ def test_a_single_slice_and_a_single_time_point_are_volumes(tmp_path: Path) -> N
 # ---- damage ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
+@pytest.mark.faults(1)
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_cut_file_is_refused_by_name(tmp_path: Path, suffix: str, compress: bool) -> None:
@@ -257,7 +262,7 @@ def test_a_cut_file_is_refused_by_name(tmp_path: Path, suffix: str, compress: bo
             read_volume(path)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(1)
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
 def test_a_flipped_bit_in_compressed_voxels_never_changes_a_voxel(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"scan{suffix}"
@@ -284,7 +289,7 @@ def _voxels_or_none(path: Path) -> np.ndarray | None:
         return None
 
 
-@pytest.mark.faults
+@pytest.mark.faults(2)
 def test_a_name_that_lies_about_compression_is_explained(tmp_path: Path) -> None:
     raw = save_nifti(tmp_path / "a.nii", scan()).read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(raw)
@@ -298,7 +303,7 @@ def test_a_name_that_lies_about_compression_is_explained(tmp_path: Path) -> None
         read_volume(tmp_path / "d.mha")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(4)
 def test_a_header_that_claims_terabytes_is_refused_before_anything_is_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +328,7 @@ def test_a_header_that_claims_terabytes_is_refused_before_anything_is_allocated(
         read_volume(tmp_path / "e.mha")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(1)
 def test_damaged_headers_never_end_in_a_traceback(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     for suffix in (".nii", ".nrrd", ".mha"):
@@ -351,7 +356,7 @@ def test_a_header_without_its_voxels_is_explained(tmp_path: Path) -> None:
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 @pytest.mark.parametrize("suffix", WRITABLE_SUFFIXES)
 def test_a_mask_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -367,7 +372,7 @@ def test_a_mask_that_cannot_be_written_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_a_library_that_writes_something_else_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,7 @@ def uninterrupted(tiny_recipe, sdseg_process, tmp_path_factory):
     return recipe, RunDirectory.open(folder / "whole")
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 @pytest.mark.parametrize(
     ("moment", "count"),
     [
@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     assert state_of(RunDirectory.open(root)) == state_of(whole)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(
     uninterrupted, sdseg_process, state_of, tmp_path
 ):
@@ -155,7 +155,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(
 # The disk
 
 
-@pytest.mark.faults
+@pytest.mark.faults(17)
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_recipe, trained, tmp_path, monkeypatch):
     save, calls = torch.save, []
 
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny_recipe, trained, 
     assert result.losses == trained(tiny_recipe(changes), tmp_path / "whole").losses[2:]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(17)
 def test_a_write_that_the_system_cuts_short_leaves_the_previous_checkpoint_whole(
     tiny_recipe, trained, tmp_path, monkeypatch
 ):
@@ -211,7 +211,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_previous_checkpoint_whole
 # Torn, altered, foreign
 
 
-@pytest.mark.faults
+@pytest.mark.faults(16, 26)
 @pytest.mark.parametrize(
     "name", ["averages.safetensors", "model.safetensors", "optimizer.bin", "random_states_0.pkl"]
 )
@@ -237,7 +237,7 @@ def test_a_torn_or_altered_checkpoint_is_refused_and_the_last_good_one_is_named(
     assert f"delete {stopped.checkpoint(4)} to continue from there" in message
 
 
-@pytest.mark.faults
+@pytest.mark.faults(26)
 @pytest.mark.parametrize(
     "manifest", [None, "", "{", "[]", "{}", '{"progress": {"pace": 4}, "dataset": "a", "files": {}}']
 )
@@ -258,7 +258,7 @@ def test_after_deleting_the_torn_checkpoint_the_run_goes_on_from_the_last_good_o
     assert result.losses == trained(tiny_recipe({"train.steps": 4}), tmp_path / "whole").losses[2:]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(26)
 def test_where_no_checkpoint_is_whole_the_message_says_so(stopped, tiny_recipe, trained):
     for checkpoint in stopped.all_checkpoints():
         (checkpoint / "model.safetensors").write_bytes(b"")
@@ -274,7 +274,7 @@ class Evil:
         return os.mkdir, (str(self.proof),)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(15)
 @pytest.mark.parametrize(
     "name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "averages.safetensors"]
 )

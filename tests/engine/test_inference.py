@@ -201,6 +201,7 @@ def test_a_batch_that_was_asked_for_is_not_measured():
     assert predictor.batch_size == 3
 
 
+@pytest.mark.faults(20)
 def test_batches_are_halved_until_they_fit(monkeypatch):
     pipeline = make()
     sample = pipeline.sample

@@ -209,7 +209,7 @@ def test_records_keep_every_case_once_for_more_images_than_are_read_ahead(scans,
     assert {record.status for record in records} == {"done"}
 
 
-@pytest.mark.faults
+@pytest.mark.faults(24)
 def test_images_in_memory_are_bounded_whatever_their_number(scans, out, monkeypatch):
     for index in range(60):
         halves(8, 8).save(scans / f"{index}.png")
@@ -315,7 +315,7 @@ def test_the_same_name_in_two_folders_is_refused(tmp_path, out):
 # ---- file names ----
 
 
-@pytest.mark.faults
+@pytest.mark.faults(23)
 def test_images_that_differ_only_in_their_suffix_keep_it_in_the_masks_name(scans, out):
     for name in ("a.png", "a.jpg", "a.png.bmp", "b.tif"):
         halves().save(scans / name)
@@ -324,7 +324,7 @@ def test_images_that_differ_only_in_their_suffix_keep_it_in_the_masks_name(scans
     assert files_under(out) == ["a.jpg.png", "a.png.bmp.png", "a.png.png", "b.png"]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(23)
 @pytest.mark.parametrize(
     "stem", [" leading and trailing ", "naïve – 内視鏡 🩺", "x" * 251, "é" * 125, "new\nline", "a=b;c'd\"e"]
 )
@@ -336,7 +336,7 @@ def test_odd_names_come_back_unchanged(scans, out, stem):
     assert (out / "overlays" / f"{stem}.png").exists()
 
 
-@pytest.mark.faults
+@pytest.mark.faults(23)
 def test_a_name_that_gets_too_long_is_shortened_and_stays_unique(scans, out):
     stem = "x" * 251
     for suffix in ("png", "jpg"):
@@ -347,7 +347,7 @@ def test_a_name_that_gets_too_long_is_shortened_and_stays_unique(scans, out):
     assert all(len(os.fsencode(name)) <= 255 for name in masks)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(23)
 def test_a_name_that_is_no_unicode_is_predicted_and_printable(scans, out):
     raw = os.fsdecode(b"caf\xe9.png")
     halves().save(scans / "a.png")
@@ -434,7 +434,7 @@ def test_outputs_lie_on_the_stored_grid_with_the_images_orientation_tag(scans, o
 # ---- things that happen meanwhile ----
 
 
-@pytest.mark.faults
+@pytest.mark.faults(25)
 def test_a_file_that_vanishes_is_a_failed_case(scans, out):
     for name in ("a", "b"):
         halves().save(scans / f"{name}.png")
@@ -445,7 +445,7 @@ def test_a_file_that_vanishes_is_a_failed_case(scans, out):
     assert "gone since the start" in records[0].error
 
 
-@pytest.mark.faults
+@pytest.mark.faults(25)
 def test_a_file_that_changes_while_it_is_read_is_a_failed_case(scans, out, monkeypatch):
     halves().save(scans / "a.png")
     original = prediction.read_image
@@ -461,7 +461,7 @@ def test_a_file_that_changes_while_it_is_read_is_a_failed_case(scans, out, monke
     assert (record.status, "changed while it was read" in record.error) == ("failed", True)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(25)
 def test_a_file_that_appears_meanwhile_is_left_alone(scans, out):
     halves().save(scans / "a.png")
     predictor = RedIsForeground()
@@ -478,7 +478,7 @@ def test_a_failed_write_of_one_mask_is_a_failed_case(scans, out):
     assert statuses(predict_folder(scans, out)) == {"a.png": "failed", "b.png": "done"}
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_a_full_disk_stops_with_what_was_done_and_leaves_no_partial_mask(scans, out, monkeypatch):
     for index in range(20):
         halves().save(scans / f"{index}.png")
@@ -499,7 +499,7 @@ def test_a_full_disk_stops_with_what_was_done_and_leaves_no_partial_mask(scans, 
     assert files_under(out) == sorted(done)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(18)
 def test_masks_on_a_small_full_file_system_are_whole_or_absent(scans, tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()

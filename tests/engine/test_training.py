@@ -793,7 +793,7 @@ def uninterrupted() -> dict[str, dict]:
     return {}
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 @pytest.mark.parametrize(
     ("networks", "stop_at", "number"),
     [
@@ -846,7 +846,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
     assert state_of(resumed.run) == uninterrupted[networks]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 def test_a_run_stopped_at_every_step_equals_an_uninterrupted_one(
     tiny_recipe, trained, tmp_path, monkeypatch, state_of
 ):
@@ -897,7 +897,7 @@ def test_resuming_with_another_dataset_is_refused(tiny_recipe, trained, tmp_path
 # Faults ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
+@pytest.mark.faults(28)
 def test_ctrl_c_twice_ends_at_once(tiny_recipe, trained, tmp_path, monkeypatch):
     rate = training.learning_rate_at
 
@@ -921,7 +921,7 @@ def test_ctrl_c_twice_ends_at_once(tiny_recipe, trained, tmp_path, monkeypatch):
     assert run.latest_checkpoint().name == "step-000002"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(20)
 @pytest.mark.parametrize(
     "problem",
     [

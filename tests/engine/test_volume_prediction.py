@@ -257,7 +257,7 @@ def test_a_model_of_three_channels_refuses_volumes(tmp_path):
     assert record.status == "done"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(20)
 def test_memory_that_runs_out_in_one_volume_is_that_volumes_failure(tmp_path, monkeypatch):
     for name in "ab":
         save(tmp_path / f"{name}.nii.gz")

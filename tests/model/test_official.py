@@ -401,7 +401,7 @@ class _Code:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(15)
 def test_code_in_a_checkpoint_is_never_executed_and_named(tmp_path):
     proof, path = tmp_path / "executed", tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"a": torch.ones(1)}, "extra": _Code(proof)}, path)
@@ -413,7 +413,7 @@ def test_code_in_a_checkpoint_is_never_executed_and_named(tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.faults
+@pytest.mark.faults(16)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -322,7 +322,7 @@ def test_a_model_whose_weights_do_not_fit_is_refused(saved, change, message):
         load_pipeline(str(saved))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(16)
 @pytest.mark.parametrize("component", ["unet", "image_encoder", "autoencoder"])
 @pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
 def test_a_damaged_model_is_refused_by_the_name_of_its_file(saved, component, damage):

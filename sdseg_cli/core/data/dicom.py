@@ -199,6 +199,14 @@ def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
             )
         if int(header.get("SamplesPerPixel", 1) or 1) != 1:
             raise DataError(f"{where}: {path.name} is in colour; expected grey slices. Export it as PNG.")
+        claimed = int(header.Columns) * int(header.Rows) * int(header.BitsAllocated) // 8
+        size = path.stat().st_size
+        if claimed > size and not _is_compressed(header):
+            raise DataError(
+                f"{where}: {path.name} claims {header.Columns} x {header.Rows} pixels of "
+                f"{header.BitsAllocated} bits, and has only {size} bytes. It is damaged or cut short: "
+                "fetch the series again."
+            )
     sizes = Counter((int(header.Columns), int(header.Rows)) for header in slices)
     if len(sizes) > 1:
         found = ", ".join(f"{count} of {w}x{h}" for (w, h), count in sizes.most_common())
@@ -206,6 +214,11 @@ def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
     (columns, rows), count = sizes.most_common(1)[0]
     if columns * rows * count > MAX_VOXELS:
         raise DataError(f"{where}: claims {columns}x{rows}x{count} voxels; at most {MAX_VOXELS} are read.")
+
+
+def _is_compressed(header: Any) -> bool:
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    return syntax is not None and bool(syntax.is_compressed)
 
 
 def _series_geometry(
@@ -335,6 +348,8 @@ def _decode_with_gdcm(path: Path, header: Any) -> np.ndarray:
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: the file is gone since the start. Fetch the series again.")
     lines = str(error).strip().splitlines()
     return DataError(
         f"{path}: cannot be read as DICOM ({lines[-1] if lines else type(error).__name__}). It is damaged or "

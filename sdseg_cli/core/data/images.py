@@ -6,17 +6,18 @@ grid the file was stored in, with the same orientation tag, so that every viewer
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageMode
+from PIL import Image, ImageMode, UnidentifiedImageError
 
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.files import write_whole
@@ -40,6 +41,7 @@ _FORMATS: dict[str, frozenset[str]] = {
     ".dib": frozenset({"BMP", "DIB"}),
 }
 _ORIENTATION_TAG = 274
+_PHOTOMETRIC_TAG = 262
 # A binary mask with more pixels and values than these in the middle half of its range is none: blurred edges
 # and the noise of JPEG stay far below.
 _PICTURE_SHARE = 0.25
@@ -74,6 +76,7 @@ class _Stored:
     file_format: str
     orientation: int
     notes: tuple[str, ...]
+    is_negative: bool  # in a wide image 0 is white, which says nothing about a mask
 
 
 # ---- reading --------------------------------------------------------------------------------------------
@@ -90,20 +93,17 @@ def read_image(path: str | Path) -> LoadedImage:
             or values that are not finite.
     """
     path = Path(path)
-    stored = _decode(path)
-    notes = list(stored.notes)
-    if stored.wide is not None:
-        pixels = _scale_to_bytes(path, stored.wide, stored.wide_bits, notes)
-    else:
-        raster = stored.raster
-        if _has_transparency(raster):
-            raster = raster.convert("RGBA")
-            if raster.getchannel("A").getextrema() != (255, 255):
-                notes.append("transparent pixels laid over black")
-                black = Image.new("RGBA", raster.size, (0, 0, 0, 255))
-                raster = Image.alpha_composite(black, raster)
-        pixels = np.array(raster.convert("RGB"))
-    return LoadedImage(np.ascontiguousarray(pixels), stored.orientation, tuple(notes))
+    with _failures_of(path):
+        stored = _decode(path)
+        notes = list(stored.notes)
+        if stored.wide is not None:
+            pixels = _scale_to_bytes(path, stored.wide, stored.wide_bits, notes)
+            if stored.is_negative:
+                pixels = 255 - pixels
+                notes.append("a negative (0 is white): turned round")
+        else:
+            pixels = _as_colours(stored.raster, notes)
+        return LoadedImage(np.ascontiguousarray(pixels), stored.orientation, tuple(notes))
 
 
 def read_label_map(
@@ -132,8 +132,9 @@ def read_label_map(
     if threshold is not None and label_values is not None:
         raise ValueError("threshold and label_values exclude each other")
     path = Path(path)
-    stored = _decode(path)
-    values, is_index = _label_values(stored, grey=threshold is not None or num_classes == 2)
+    with _failures_of(path):
+        stored = _decode(path)
+        values, is_index = _label_values(stored, grey=threshold is not None or num_classes == 2)
     if values is None:
         raise DataError(
             f"{path}: the mask is a colour picture ({stored.raster.mode}); expected one channel of class "
@@ -161,7 +162,8 @@ def read_orientation(path: str | Path) -> int:
     Raises:
         DataError: the file cannot be read.
     """
-    return _decode(Path(path)).orientation
+    with _failures_of(Path(path)):
+        return _decode(Path(path)).orientation
 
 
 def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
@@ -289,26 +291,34 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 # ---- decoding -------------------------------------------------------------------------------------------
 
 
-def _decode(path: Path) -> _Stored:
+@contextlib.contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    """Make a DataError that names the file of whatever a decoder or a conversion raises."""
     try:
-        return _decode_existing(path)
+        yield
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
     except PermissionError as error:
         raise DataError(f"{path}: may not be read. Check the file's permissions.") from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path}: too large for the memory of this machine. Scale it down or cut it."
+        ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error)) from error
     except Exception as error:  # decoders raise almost anything on damaged files
+        found = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            found = "no known format, or numbers of a kind that is not read: 8 or 16 bits a channel are"
         raise DataError(
             f"{path}: cannot be decoded as {path.suffix.lstrip('.').upper() or 'an image'} "
-            f"({str(error) or type(error).__name__}). It is damaged, cut short or not an image: "
-            "fetch it again or leave it out."
+            f"({found}). It is damaged, cut short or not an image: fetch or export it again, or leave it out."
         ) from error
 
 
-def _decode_existing(path: Path) -> _Stored:
+def _decode(path: Path) -> _Stored:
     size = path.stat().st_size
     if not path.is_file():
         raise DataError(f"{path}: expected an image file, found a folder or device.")
@@ -330,6 +340,8 @@ def _decode_existing(path: Path) -> _Stored:
             file.seek(0)
             raster = Image.open(file)
         _refuse_planes_of_16_bit(path, raster)
+        # Pillow turns negatives of 8 bits round, and leaves wider ones as they are.
+        is_negative = getattr(raster, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
         notes = _pages(path, raster)
         # Looked at first: asking a PNG for its orientation decodes it and drops the list of tiles.
         is_wide_colour = ";16" in str(getattr(raster, "tile", ""))
@@ -351,7 +363,7 @@ def _decode_existing(path: Path) -> _Stored:
             bits = {"F": "float"}.get(raster.mode, "16-bit" if "16" in raster.mode else "32-bit")
     if orientation != 1:
         notes.append(f"EXIF orientation {orientation} applied")
-    return _Stored(raster, wide, bits, file_format, orientation, tuple(notes))
+    return _Stored(raster, wide, bits, file_format, orientation, tuple(notes), is_negative)
 
 
 def _pages(path: Path, raster: Image.Image) -> list[str]:
@@ -459,6 +471,17 @@ def _scale_to_bytes(path: Path, values: np.ndarray, bits: str, notes: list[str])
     notes.append(f"{bits} scaled from [{low:g}, {high:g}]")
     as_bytes = np.rint((scaled - low) * (255.0 / span)).astype(np.uint8)
     return as_bytes if as_bytes.ndim == 3 else np.repeat(as_bytes[..., None], 3, axis=2)
+
+
+def _as_colours(raster: Image.Image, notes: list[str]) -> np.ndarray:
+    """uint8 (H, W, 3) of a picture with at most 8 bits a channel; what shows through is black."""
+    if _has_transparency(raster):
+        raster = raster.convert("RGBA")
+        if raster.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent pixels laid over black")
+            black = Image.new("RGBA", raster.size, (0, 0, 0, 255))
+            raster = Image.alpha_composite(black, raster)
+    return np.array(raster.convert("RGB"))
 
 
 def _has_transparency(raster: Image.Image) -> bool:

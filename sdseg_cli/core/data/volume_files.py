@@ -7,10 +7,14 @@ at, which neither library does reliably.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import logging
 import math
 import re
+import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +145,9 @@ def _read_nifti(path: Path, suffix: str, size: int) -> RawVolume:
         raise DataError(
             f"{path}: the name says {suffix}, but the content is {content}. Rename it to *{name}."
         )
-    image: Any = nibabel.load(path, mmap=False)  # a mapped file that shrinks would end the process
+    notes: list[str] = []
+    with _nibabels_remarks(notes):
+        image: Any = nibabel.load(path, mmap=False)  # a mapped file that shrinks would end the process
     shape = flat_shape(path, image.shape)
     dtype = image.get_data_dtype()
     if dtype.names or dtype.kind not in "iuf":
@@ -151,12 +157,11 @@ def _read_nifti(path: Path, suffix: str, size: int) -> RawVolume:
         )
     claimed = math.prod(shape) * dtype.itemsize
     _refuse_claims(path, claimed, size, packed=is_gzip)
-    notes: list[str] = []
     affine = check_affine(path, image.affine)
     _note_forms(image, notes)
     if is_gzip:
         # One pass that goes on to the end of the stream, where its checksum is.
-        with gzip.open(path) as stream:
+        with gzip.open(path) as stream, _nibabels_remarks([]):
             opened = type(image).from_stream(stream)
             voxels = np.asanyarray(opened.dataobj)
             while stream.read(_CHUNK):
@@ -168,6 +173,35 @@ def _read_nifti(path: Path, suffix: str, size: int) -> RawVolume:
         notes.append("voxels rescaled by the file's slope and intercept")
         voxels = voxels.astype(np.float32 if dtype.itemsize <= 2 else np.float64, copy=False)
     return RawVolume(voxels, VolumeGeometry(shape, affine), tuple(notes), image.header)
+
+
+class _Remarks(logging.Handler):
+    """Keeps what nibabel says of a header that it mended, apart for each thread that reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted = threading.local()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes = getattr(self.wanted, "notes", None)
+        if notes is not None:
+            notes.append(f"warning: damage in the header: {record.getMessage()}")
+
+
+_REMARKS = _Remarks()
+
+
+@contextlib.contextmanager
+def _nibabels_remarks(notes: list[str]) -> Iterator[None]:
+    """Add to the notes what nibabel would print about a header by itself."""
+    from nibabel import imageglobals
+
+    imageglobals.logger.handlers[:] = [_REMARKS]
+    _REMARKS.wanted.notes = notes
+    try:
+        yield
+    finally:
+        _REMARKS.wanted.notes = None
 
 
 def _note_forms(image: Any, notes: list[str]) -> None:

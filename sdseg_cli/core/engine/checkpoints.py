@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sdseg_cli.core.engine.processes import Processes
-from sdseg_cli.core.errors import ModelError, SdsegError
+from sdseg_cli.core.errors import ModelError, SdsegError, is_disk_full
 from sdseg_cli.core.files import atomic_folder, sha256_of
 from sdseg_cli.core.run_directory import RunDirectory, atomic_write
 
 _MANIFEST = "manifest.json"
 _AVERAGES = "averages.safetensors"
+_NO_ROOM = 1 << 20  # bytes; what is left where a large file did not fit
 
 
 @dataclass
@@ -76,7 +79,7 @@ def save_checkpoint(
             if processes.is_main and averages is not None:
                 _save_averages(averages, shared / _AVERAGES)
         except (OSError, RuntimeError, SafetensorError) as error:
-            failure = error
+            failure = _told_plainly(error, shared)
         failed = processes.any(failure is not None)
         if processes.is_main and not failed:
             try:
@@ -88,16 +91,28 @@ def save_checkpoint(
         if processes.is_main:
             shutil.rmtree(shared, ignore_errors=True)
     if failed:
-        last = run.latest_checkpoint()
-        kept = f"The last whole checkpoint is {last}." if last else "There is no earlier checkpoint."
         raise SdsegError(
-            f"checkpoint {final} could not be written: {failure or 'another process failed'}. {kept} "
-            f"Free space on the disk of {run.root}, then continue with: sdseg train --resume {run.root}"
+            f"checkpoint {final} could not be written: {failure or 'another process failed'}. {way_on(run)}"
         ) from failure
     if processes.is_main:
         for old in run.all_checkpoints()[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _told_plainly(error: Exception, folder: Path) -> Exception:
+    """PyTorch says of a full disk only that a position in the file is not the expected one."""
+    if is_disk_full(error) or shutil.disk_usage(folder).free > _NO_ROOM:
+        return error
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def way_on(run: RunDirectory) -> str:
+    """What is left of a run whose disk is full, and what to do; sentences for a message."""
+    last = run.latest_checkpoint()
+    return (
+        f"The last whole checkpoint is {last}. " if last else "There is no earlier checkpoint. "
+    ) + f"Free space on the disk of {run.root}, then continue with: sdseg train --resume {run.root}"
 
 
 def _save_averages(averages: EMAModel, path: Path) -> None:

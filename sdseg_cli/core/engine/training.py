@@ -23,7 +23,7 @@ from sdseg_cli.core.data.augmentation import Augmentation
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine.acceleration import compile_networks, missing_compiler, use_channels_last
 from sdseg_cli.core.engine.autoencoder_training import measure_scale
-from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint
+from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint, way_on
 from sdseg_cli.core.engine.familiarity import describe_images
 from sdseg_cli.core.engine.inference import choose_device, choose_precision
 from sdseg_cli.core.engine.latent_cache import (
@@ -60,7 +60,14 @@ from sdseg_cli.core.engine.training_records import (
     Validated,
 )
 from sdseg_cli.core.engine.validation import Validation, validate
-from sdseg_cli.core.errors import DataError, Interrupted, OutOfMemoryError, SdsegError, UsageError
+from sdseg_cli.core.errors import (
+    DataError,
+    Interrupted,
+    OutOfMemoryError,
+    SdsegError,
+    UsageError,
+    is_disk_full,
+)
 from sdseg_cli.core.files import atomic_folder
 from sdseg_cli.core.model.latents import decode_logits, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
@@ -212,6 +219,8 @@ class Training:
             self._mark("failed")
             if _is_out_of_memory(error):
                 raise OutOfMemoryError(_out_of_memory_message(self.recipe)) from error
+            if is_disk_full(error) and not isinstance(error, SdsegError):
+                raise SdsegError(f"the disk is full: {error}. {way_on(run)}") from error
             raise
         finally:
             self.accelerator.end_training()
