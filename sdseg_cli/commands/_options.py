@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,36 @@ def flip_words(flips: str | None) -> list[str] | None:
     if not {*words} <= {"horizontal", "vertical"} or len({*words}) < len(words):
         raise UsageError(f"--flips {flips!r}: expected horizontal, vertical, horizontal,vertical or none.")
     return words
+
+
+def parse_window(text: str | None) -> tuple[float, float] | None:
+    """Read ``--window``: two numbers by comma, the lower one first.
+
+    Raises:
+        UsageError: it reads otherwise.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UsageError(
+            f"--window {text!r}: expected two numbers LOW,HIGH, the lower first: --window=-175,250"
+        )
+    return low, high
+
+
+def finite_or_none(nan_fill: float | None) -> float | None:
+    """Check ``--nan-fill``.
+
+    Raises:
+        UsageError: it is not finite itself.
+    """
+    if nan_fill is not None and not math.isfinite(nan_fill):
+        raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
+    return nan_fill
 
 
 class ScoreGrid(StrEnum):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sdseg_cli.commands._options import parse_window
 from sdseg_cli.commands._preparing import (
     AxisOption,
     ExcludeOption,
@@ -18,7 +19,6 @@ from sdseg_cli.commands._preparing import (
     SizeOption,
     SourceOption,
     WorkersOption,
-    parse_window,
     prepare_benchmark,
 )
 

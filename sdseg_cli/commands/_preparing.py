@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sdseg_cli.commands._options import finite_or_none
 from sdseg_cli.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,23 +70,6 @@ ForegroundOption = Annotated[
         help="Of volumes: leave out training slices without foreground. Validation and test keep all.",
     ),
 ]
-
-
-def parse_window(text: str | None) -> tuple[float, float] | None:
-    """Read ``--window``: two numbers by comma, the lower one first.
-
-    Raises:
-        UsageError: it reads otherwise.
-    """
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low = high = 0.0
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UsageError(f"--window {text!r}: expected two numbers by comma, the lower first, like -175,250.")
-    return low, high
 
 
 def check_out(out: Path, size: int, overwrite: bool) -> None:
@@ -315,14 +298,3 @@ def _tell_notes(records: Sequence[CaseRecord], problems: Sequence[Problem], clas
     for label, name in enumerate(classes):
         if not any(record.class_pixels[label] for record in prepared if record.split == "train"):
             warn(f"class {name!r} occurs in no training mask; a model cannot learn it.")
-
-
-def finite_or_none(nan_fill: float | None) -> float | None:
-    """Check ``--nan-fill``.
-
-    Raises:
-        UsageError: it is not finite itself.
-    """
-    if nan_fill is not None and not math.isfinite(nan_fill):
-        raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
-    return nan_fill

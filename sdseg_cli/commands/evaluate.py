@@ -51,6 +51,7 @@ from sdseg_cli.commands._options import (
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.metrics.surface import NSD_TOLERANCE
 from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -104,8 +105,8 @@ def evaluate(
             "--nsd-tolerance",
             min=0,
             metavar="MM",
-            help="With --predictions: distance that the normalised surface Dice forgives, in mm for volumes, "
-            "in pixels for images. Default: 2.",
+            help="Distance that the normalised surface Dice forgives, in mm where the spacing is known, "
+            "else in pixels. Default: 2.",
             show_default=False,
         ),
     ] = None,
@@ -150,9 +151,10 @@ def evaluate(
 
     sdseg evaluate --predictions masks/ --ground-truth truth/ --classes liver,kidney --json
     """
+    tolerance = NSD_TOLERANCE if nsd_tolerance is None else nsd_tolerance
     if predictions is None and ground_truth is None:
         only_folders = {"--classes": classes, "--allow-missing": allow_missing, "--resample": resample}
-        _refuse({**only_folders, "--nsd-tolerance": nsd_tolerance}, "--predictions and --ground-truth")
+        _refuse(only_folders, "--predictions and --ground-truth")
         found = Model.find(model)
         settings = found.recipe.evaluate if found.recipe is not None else None
         evaluation = _evaluate_split(
@@ -177,6 +179,7 @@ def evaluate(
                 **({"decoder": str(decoder.resolve())} if decoder is not None else {}),
             },
             compiled=compiled,
+            nsd_tolerance=tolerance,
             worst=overlays,
             overwrite=overwrite,
         )
@@ -194,8 +197,7 @@ def evaluate(
             out or DEFAULT_OUT,
             convention=convention or Convention.standard,
             allow_missing=allow_missing,
-            scoring={"resample": resample}
-            | ({} if nsd_tolerance is None else {"nsd_tolerance": nsd_tolerance}),
+            scoring={"resample": resample, "nsd_tolerance": tolerance},
             worst=overlays,
             overwrite=overwrite,
         )
@@ -239,6 +241,7 @@ class _Evaluation:
             "convention_meaning": CONVENTION_TEXTS[self.convention],
             "distance_meaning": DISTANCE_TEXT,
             "distance_unit": summary.unit,
+            "nsd_tolerance_unit": summary.unit,
             "cases": {"scored": len(self.scores), "failed": len(self.failed)},
             "failed_cases": {case.case_id: case.error for case in self.failed},
             "classes": {entry.class_name: asdict(entry) for entry in summary.classes},
@@ -284,6 +287,7 @@ def _evaluate_split(
     sampling: dict[str, Any],
     loading: dict[str, Any],
     compiled: bool | None,
+    nsd_tolerance: float,
     worst: int,
     overwrite: bool,
 ) -> _Evaluation:
@@ -314,6 +318,7 @@ def _evaluate_split(
             convention=convention,  # type: ignore[arg-type]
             grid=grid,  # type: ignore[arg-type]
             processes=processes,
+            nsd_tolerance=nsd_tolerance,
         )
 
     def score_again(case_ids: list[str]) -> Iterable[CaseScores]:
@@ -323,7 +328,8 @@ def _evaluate_split(
 
     scored = score(view, processes)
     scores, failed = _collect(scored, len(set(view.case_ids)), worst, processes)
-    for remark in predictor.warnings(processes.gather(predictor.looks)):
+    remarks = predictor.warnings(processes.gather(predictor.looks))
+    for remark in remarks:
         console.warn(remark)
     return _Evaluation(
         f"{model.reference.location}, split {split} of {dataset.manifest.name}",
@@ -337,11 +343,13 @@ def _evaluate_split(
             "model": model.evidence(),
             "dataset": evidence,
             "grid": grid,
+            "nsd_tolerance": nsd_tolerance,
             "sampling": {"seed": loading["seed"], **sampling},
             "precision": predictor.precision,
             **({"decoder": loading["decoder"]} if "decoder" in loading else {}),
             "device": str(predictor.device),
             "processes": processes.count,
+            "warnings": remarks,
         },
         score_again,
         model.recipe_text(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from enum import StrEnum
@@ -30,7 +29,9 @@ from sdseg_cli.commands._options import (
     SeedOption,
     StepsOption,
     ThresholdOption,
+    finite_or_none,
     flip_words,
+    parse_window,
 )
 from sdseg_cli.commands._signals import interruptible
 from sdseg_cli.core.engine.prediction import (
@@ -199,9 +200,7 @@ def predict(
         mask_format=mask_format.value,  # type: ignore[arg-type]
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
-    limits = _window(window)
-    if nan_fill is not None and not math.isfinite(nan_fill):
-        raise UsageError(f"--nan-fill {nan_fill}: expected a finite number, such as 0.")
+    limits = parse_window(window)
     if not any(task.is_volume for task in tasks):
         of_volumes = {"--window": window, "--axis": axis, "--nan-fill": nan_fill}
         unused = [name for name, value in of_volumes.items() if value is not None]
@@ -210,7 +209,11 @@ def predict(
             raise UsageError(
                 f"{', '.join(unused)}: of use for volumes only, and there are none. Leave it out."
             )
-    chosen = {"window": limits, "axis": axis.value if axis else None, "nan_fill": nan_fill}
+    chosen = {
+        "window": None if limits is None else list(limits),  # as the settings file gives it back
+        "axis": axis.value if axis else None,
+        "nan_fill": finite_or_none(nan_fill),
+    }
     stated = {name: value for name, value in chosen.items() if value is not None}
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
     settings = {**identity, "seed": seed, **sampling, **stated}
@@ -270,6 +273,7 @@ class _Session:
         self.as_json = as_json
         self.started = time.monotonic()
         self.has_summary = True
+        self.volumes: VolumeSettings | None = None
         self.classes: tuple[str, ...] = ("background",)
 
     def run(
@@ -292,6 +296,11 @@ class _Session:
             processes = Processes(cpu=device == "cpu")
             predictor = load_predictor(reference, device=device, precision=precision, **options)
         self.classes = tuple(predictor.classes)
+        if any(task.mask.suffix == ".dcm" for task in todo):
+            from sdseg_cli.core.data.dicom_codes import coding_remarks
+
+            for remark in coding_remarks(self.classes):
+                console.say(remark)
         if overwrite and processes.is_main:
             remove_outputs(todo)
             (self.out / SUMMARY_FILE).unlink(missing_ok=True)  # it may list masks of another model
@@ -302,7 +311,10 @@ class _Session:
 
         mine = processes.share(list(todo))
         compile_if_wanted(predictor, compiled, len(mine))
-        stop = self._predict(mine, predictor, VolumeSettings(**volumes))
+        settings = VolumeSettings(**volumes)
+        stop = self._predict(mine, predictor, settings)
+        if stop is None and any(task.is_volume for task in self.tasks):
+            self.volumes = settings.completed(predictor)  # the page shows volumes as the model saw them
         self._gather(processes, stop, predictor)
         if processes.is_main:
             self._finish(stop)
@@ -328,7 +340,8 @@ class _Session:
             fresh = [record for record in self.records if record.status != "skipped"]
             skipped = [record for record in self.records if record.status == "skipped"]
             self.records = skipped + processes.gather(fresh)
-            for remark in predictor.warnings(processes.gather(predictor.looks)):
+            self.settings["warnings"] = predictor.warnings(processes.gather(predictor.looks))
+            for remark in self.settings["warnings"]:
                 console.warn(remark)
 
     def _finish(self, stop: SdsegError | None) -> None:
@@ -394,8 +407,16 @@ class _Session:
 
         # The summary also knows the images that earlier calls predicted into this folder.
         rows = list(read_summary(self.out / SUMMARY_FILE).values())
-        page = prediction_page(self.tasks, rows, self.classes, self._settings("finished"), recipe=self.recipe)
-        atomic_write(self.out / REPORT_FILE, render_page(page))
+        with console.working(f"drawing {REPORT_FILE}"):
+            page = prediction_page(
+                self.tasks,
+                rows,
+                self.classes,
+                self._settings("finished"),
+                volumes=self.volumes,
+                recipe=self.recipe,
+            )
+            atomic_write(self.out / REPORT_FILE, render_page(page))
 
     def _write_settings(self, status: str) -> None:
         atomic_write(self.out / SETTINGS_FILE, to_json(self._settings(status), indent=2) + "\n")
@@ -414,21 +435,6 @@ class _Session:
 def _with_decoder(decoder: Path | None) -> dict[str, str]:
     """The decoder's folder, if one was named."""
     return {} if decoder is None else {"decoder": str(decoder.resolve())}
-
-
-def _window(text: str | None) -> list[float] | None:
-    """``LOW,HIGH`` as two numbers; a list, as the settings file gives it back."""
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = math.nan, math.nan
-    if not (low < high and math.isfinite(low) and math.isfinite(high)):
-        raise UsageError(
-            f"--window {text!r}: expected two numbers LOW,HIGH, the lower first: --window=-175,250"
-        )
-    return [low, high]
 
 
 def _model_identity(reference: ModelReference) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sdseg_cli.commands._options import finite_or_none, parse_window
 from sdseg_cli.commands._prepare_benchmarks import btcv, cvc, kseg, refuge, sts3d
 from sdseg_cli.commands._preparing import (
     AxisOption,
@@ -23,10 +24,8 @@ from sdseg_cli.commands._preparing import (
     WindowOption,
     WorkersOption,
     check_out,
-    finite_or_none,
     fit_split,
     opened,
-    parse_window,
     run_preparation,
 )
 from sdseg_cli.core.errors import UsageError

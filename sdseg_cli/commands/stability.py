@@ -199,7 +199,9 @@ class _Source:
 
         if self.dataset is not None:
             current = self.dataset.split(self.split)[index]
-            return SliceInput(current.case_id, current.slice_index, current.image, current.grid)
+            return SliceInput(
+                current.case_id, current.slice_index, current.image, current.grid, current.spacing_mm
+            )
         path = Path(self.facts["images"]) / self.names[index]
         pixels = read_image(path).pixels
         grid = grid_of(pixels, predictor.image_size, predictor.resize, trained_with(predictor).get("crop"))
@@ -247,8 +249,9 @@ class _Measurement:
             rows, failed, places = self._measure(folder / RUNS if save_runs else None)
             if not rows:
                 raise DataError(f"none of the images could be read: {'; '.join(failed.values())}")
+            remarks = self.predictor.warnings(self.processes.gather(self.predictor.looks))
             if self.processes.is_main:
-                report = self._write(folder, rows, failed, settings, places)
+                report = self._write(folder, rows, failed, {**settings, "warnings": remarks}, places)
         if self.processes.is_main:
             self._show(report, rows, failed, target, as_json=as_json)
         return failed
@@ -352,7 +355,7 @@ class _Measurement:
             summary = summarise_rows(rows, lpips_reason=self.lpips_reason, protocol=self.protocol)
             title = f"{report['runs']} runs of {summary.slices} images, {report['model']['location']}"
             show(stability_table(summary, title, self.protocol))
-        for reason in failed.values():
+        for reason in [*failed.values(), *report["warnings"]]:
             console.warn(reason)
         console.done(f"{target}: {CASES_FILE}, {SUMMARY_FILE}, {REPORT_FILE}")
 

@@ -353,8 +353,7 @@ class SamplingSettings(Settings):
     )
     largest_component: bool = key(
         False,
-        "Keep only the largest connected component of every class: of the whole volume where there is one, "
-        "in each slice for the validation during training.",
+        "Keep only the largest connected component of every class, of the whole volume where there is one.",
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -188,6 +189,75 @@ def test_two_folders_are_scored_with_a_table_and_pictures(folders, tmp_path, cap
     assert html.count('<article class="case card"') == 3
     assert "The worst first" in html
     assert "honest" not in html  # masks have no probabilities
+
+
+def save_labels(path: Path, voxels: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 2.0)) -> None:
+    path.parent.mkdir(exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels.astype(np.uint8), np.diag([*spacing, 1.0])), path)
+
+
+def test_a_prediction_on_another_grid_is_scored_only_where_resampling_is_asked_for(tmp_path, capsys):
+    truth = np.zeros((8, 8, 6))
+    truth[2:6, 2:6, 2:4] = 1
+    save_labels(tmp_path / "truth" / "a.nii.gz", truth)
+    # The same body on voxels of half the thickness; their centres lie a quarter of a slice lower and higher.
+    fine = np.zeros((8, 8, 12))
+    fine[2:6, 2:6, 4:8] = 1
+    save_labels(tmp_path / "masks" / "a.nii.gz", fine, (1.0, 1.0, 1.0))
+    both = ("evaluate", "--predictions", tmp_path / "masks", "--ground-truth", tmp_path / "truth")
+    assert sdseg(*both, "--out", tmp_path / "no") == 1
+    assert "--resample" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    assert sdseg(*both, "--resample", "--out", tmp_path / "yes") == 0
+    report = summary(tmp_path / "yes")
+    assert report["resample"] is True
+    assert report["distance_unit"] == "mm"
+    assert rows(tmp_path / "yes" / "cases.csv")[0]["true_px"] == "32"
+    assert report["classes"]["foreground"]["metrics"]["dice"]["mean"] == pytest.approx(1.0)
+
+
+def test_the_tolerance_of_the_surface_dice_is_in_mm_and_recorded(tmp_path, capsys):
+    truth = np.zeros((8, 8, 6))
+    truth[2:6, 2:6, 2:4] = 1
+    save_labels(tmp_path / "truth" / "a.nii.gz", truth)
+    save_labels(tmp_path / "masks" / "a.nii.gz", np.roll(truth, 1, axis=2))  # a slice of 2 mm too high
+    both = ("evaluate", "--predictions", tmp_path / "masks", "--ground-truth", tmp_path / "truth")
+    found = {}
+    for tolerance in (1.9, 2.1):
+        out = tmp_path / str(tolerance)
+        assert sdseg(*both, "--nsd-tolerance", tolerance, "--out", out) == 0
+        report = summary(out)
+        assert (report["nsd_tolerance"], report["nsd_tolerance_unit"]) == (tolerance, "mm")
+        found[tolerance] = report["classes"]["foreground"]["metrics"]["nsd"]["mean"]
+    assert found[1.9] < found[2.1] == 1.0
+
+
+def test_the_tolerance_applies_to_a_split_too(place, tmp_path):
+    scored = {}
+    for tolerance in (0, 500):  # no more than the outlines themselves; all of the image
+        out = tmp_path / str(tolerance)
+        assert sdseg("evaluate", "--nsd-tolerance", tolerance, "--out", out, "--device", "cpu") == 0
+        report = summary(out)
+        assert (report["nsd_tolerance"], report["nsd_tolerance_unit"]) == (tolerance, "px")
+        scored[tolerance] = [float(row["nsd"]) for row in rows(out / "cases.csv")]
+    both = [pair for pair in zip(scored[0], scored[500], strict=True) if pair[1] > 0]  # 0 where one is empty
+    assert all(low < high == 1.0 for low, high in both)
+
+
+def test_images_and_volumes_together_say_the_unit_of_every_case(folders, tmp_path, capsys):
+    masks, truth = folders
+    body = np.zeros((8, 8, 6))
+    body[2:6, 2:6, 2:4] = 1
+    for folder in folders:
+        save_labels(folder / "volume.nii.gz", body)
+    out = tmp_path / "out"
+    assert sdseg("evaluate", "--predictions", masks, "--ground-truth", truth, "--out", out) == 0
+    units = {row["case"]: row["distance_unit"] for row in rows(out / "cases.csv")}
+    assert units == {"a": "px", "b": "px", "c": "px", "volume": "mm"}
+    table = (out / "report.html").read_text(encoding="utf-8").split('id="cases"')[1]
+    assert "mm or px" not in table
+    assert table.count('<td class="text">px</td>') == 3
+    assert table.count('<td class="text">mm</td>') == 1
 
 
 @pytest.mark.faults

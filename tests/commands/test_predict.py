@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -524,6 +525,25 @@ def test_a_volume_gives_a_mask_in_its_geometry_and_a_broken_one_exit_code_3(tmp_
     table = {row["file"]: row for row in rows(out)}
     assert table["a.nii.gz"]["slices"] == "5"
     assert float(table["a.nii.gz"]["polyp_ml"]) > 0
+
+
+def test_slices_run_along_the_axis_that_is_asked_for_and_the_page_shows_them(tmp_path, model, made):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    save_volume(folder / "a.nii.gz")
+    out = tmp_path / "masks"
+    options = {"scans": [folder], "model": model, "window": "-100,900", "axis": VolumeAxis.coronal}
+    assert exit_code(out=out, report=True, **options) == 0
+    (row,) = rows(out)
+    assert (row["slices"], row["width"], row["height"]) == ("9", "8", "5")
+    assert json.loads((out / "prediction.json").read_text())["axis"] == "coronal"
+    html = (out / "report.html").read_text(encoding="utf-8")
+    # Four of the nine coronal slices have a mask; the front comes first.
+    assert re.findall(r'data-name="(slice \d+)"', html) == ["slice 3", "slice 4", "slice 5", "slice 6"]
+    assert "data-views" in html
+    assert "polyp (ml)" in html
+    with pytest.raises(UsageError, match="axis coronal"):
+        predict(out=out, skip_existing=True, **{**options, "axis": VolumeAxis.axial})
 
 
 def test_masks_of_another_window_are_not_mixed(tmp_path, model, made):

@@ -369,7 +369,7 @@ def test_prepare_folder_takes_volumes_with_a_window(sdseg, scans):
 def test_a_window_that_is_none_is_refused(sdseg, scans, window):
     code, _, messages = prepare_btcv(sdseg, scans, "--window", window)
     assert code == 2
-    assert "expected two numbers by comma" in messages
+    assert "expected two numbers LOW,HIGH, the lower first" in messages
 
 
 @pytest.mark.faults

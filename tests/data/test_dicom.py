@@ -10,8 +10,10 @@ import pytest
 import SimpleITK as sitk
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
+from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
 from sdseg_cli.core.data.dicom import DicomSeries, find_series, read_series
-from sdseg_cli.core.data.dicom_seg import require_highdicom, write_dicom_seg
+from sdseg_cli.core.data.dicom_codes import coding_remarks, segment_code
+from sdseg_cli.core.data.dicom_seg import read_dicom_seg, require_highdicom, write_dicom_seg
 from sdseg_cli.core.errors import DataError, UsageError
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
@@ -231,7 +233,47 @@ def test_a_dicom_seg_refers_to_its_slices_and_holds_each_class(tmp_path: Path, i
     )
     np.testing.assert_array_equal(frames.transpose(2, 1, 0), labels)
     assert [item.SegmentLabel for item in seg.SegmentSequence] == ["liver", "tumour"]
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "seg.dcm", series), labels)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_segments_carry_the_codes_of_what_they_are_and_of_their_side(tmp_path: Path) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+    labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
+    labels[1:4, 2:5, 1:3] = 1
+    classes = ("background", "Left_Kidney", "polyp", "cup")
+    write_dicom_seg(tmp_path / "seg.dcm", labels, only(tmp_path / "scan"), classes)
+    segments = highdicom.seg.segread(tmp_path / "seg.dcm").SegmentSequence
+    types = [item.SegmentedPropertyTypeCodeSequence[0] for item in segments]
+    # The numbers are SNOMED CT's, as PS3.16 lists them.
+    assert [item.CodeValue for item in types] == ["64033007", "68496003", "85756007"]
+    assert {item.CodingSchemeDesignator for item in types} == {"SCT"}
+    assert types[0].SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in types[1]
+    categories = [item.SegmentedPropertyCategoryCodeSequence[0].CodeValue for item in segments]
+    assert categories == ["91723000", "49755003", "85756007"]
+
+
+def test_every_organ_of_the_benchmark_has_a_code_and_what_has_none_is_told() -> None:
+    found = {name: segment_code(name) for name in BTCV_ORGANS}
+    assert all(code.is_known for code in found.values())
+    assert len({str(code) for code in found.values()}) == 13
+    assert found["right adrenal gland"].property_type.value == "23451007"
+    assert str(found["right adrenal gland"]) == "Adrenal gland, right (SCT 23451007)"
+    assert not segment_code("left right kidney").is_known
+    assert segment_code("left cup").side is None
+    known, unknown = coding_remarks(("background", "liver", "cup", "thing"))
+    assert "liver is Liver (SCT 10200004)" in known
+    assert "no SNOMED CT code is known for cup, thing" in unknown
+
+
+@pytest.mark.faults
+def test_a_dicom_seg_of_other_slices_is_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+    with pytest.raises(DataError, match="cannot be read as a DICOM-SEG"):
+        read_dicom_seg(tmp_path / "scan" / "absent.dcm", only(tmp_path / "scan"))
 
 
 def test_without_highdicom_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

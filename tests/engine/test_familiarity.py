@@ -18,7 +18,9 @@ LIKE = Look(110.0, True, 500)
 def test_a_look_leaves_out_the_border_that_the_grid_added():
     image = np.zeros((8, 8, 3), np.uint8)
     image[2:6] = (10, 20, 30)
-    assert look_at(image, Grid(10, 20, 8, "pad")) == Look(20.0, True, 20)
+    assert look_at(image, Grid(10, 20, 8, "pad")) == Look(20.0, True, 20, (10.0, 20.0, 30.0))
+    # Of a volume the last two spacings are those within the slice.
+    assert look_at(image, Grid(10, 20, 8, "pad"), (9.0, 0.5, 2.0)).pixel_mm == pytest.approx(1.0)
 
 
 def test_an_image_with_the_faint_colours_of_a_jpeg_is_grey():
@@ -30,15 +32,23 @@ def test_an_image_with_the_faint_colours_of_a_jpeg_is_grey():
 
 
 def test_the_summary_is_over_the_slices():
-    looks = [Look(100.0, True, 300), Look(120.0, False, 400), Look(110.0, True, 900)]
+    looks = [
+        Look(100.0, True, 300, (130.0, 100.0, 70.0), 0.5),
+        Look(120.0, False, 400, (120.0, 120.0, 120.0)),
+        Look(110.0, True, 900, (170.0, 110.0, 50.0), 0.9),
+    ]
     assert summarise_looks(looks) == {
         "count": 3,
         "colour": 0.6667,
         "mean": 110.0,
         "std": 10.0,
+        "channels": [140.0, 110.0, 80.0],
+        "tint_std": [30.0, 0.0, 30.0],
         "side_px": 400.0,
+        "pixel_mm": 0.7,
     }
     assert summarise_looks(looks[:1])["std"] == 0.0
+    assert "pixel_mm" not in summarise_looks(looks[1:2])
 
 
 def test_images_like_those_of_the_training_are_not_remarked_upon():
@@ -77,6 +87,39 @@ def test_training_images_that_are_all_alike_leave_some_room():
     assert len(unfamiliar(trained, [Look(131.0, True, 500)])) == 1
 
 
+TINTED = {**COLOUR, "channels": [140.0, 100.0, 90.0], "tint_std": [2.0, 2.0, 6.0], "pixel_mm": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_strange"),
+    [
+        ((140.0, 100.0, 90.0), False),
+        ((110.0, 70.0, 60.0), False),  # darker, of the same tint
+        ((149.0, 105.0, 76.0), False),  # red + 9, blue - 14: within 20 levels, the least room
+        ((110.0, 110.0, 110.0), True),
+        ((90.0, 110.0, 130.0), True),
+    ],
+)
+def test_another_tint_is_told_whatever_the_brightness(channels, is_strange):
+    found = unfamiliar(TINTED, [Look(110.0, True, 500, channels)])
+    assert len(found) == is_strange
+    if is_strange:
+        assert "red, green and blue" in found[0]
+        assert "in training 140, 100 and 90 (of 255)" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("pixel_mm", "is_strange"), [(0.7, False), (1.39, False), (1.41, True), (0.34, True), (None, False)]
+)
+def test_another_spacing_is_told_where_both_are_known(pixel_mm, is_strange):
+    look = Look(110.0, True, 500, (140.0, 100.0, 90.0), pixel_mm)
+    found = unfamiliar(TINTED, [look])
+    assert len(found) == is_strange
+    if is_strange:
+        assert f"another spacing than what the model was trained on: {pixel_mm:.2f} mm between" in found[0]
+    assert unfamiliar({**TINTED, "pixel_mm": None}, [look]) == []
+
+
 def test_slices_pass_through_one_by_one_and_unchanged():
     image = np.full((4, 4, 3), 7, np.uint8)
     items = [SliceInput(name, 0, image, Grid(4, 4, 4)) for name in "ab"]
@@ -84,7 +127,7 @@ def test_slices_pass_through_one_by_one_and_unchanged():
     stream = observed(iter(items), looks)
     assert looks == []
     assert next(stream) is items[0]
-    assert looks == [Look(7.0, False, 4)]
+    assert looks == [Look(7.0, False, 4, (7.0, 7.0, 7.0))]
     assert list(observed(items, None)) == items
 
 
@@ -110,10 +153,17 @@ def test_a_model_keeps_figures_of_its_training_images_and_evaluate_and_predict_u
 
     assert "the model was trained on" not in sdseg("evaluate", "--split", "train", "--overlays", "0")
     Image.fromarray(np.zeros((200, 100), np.uint8)).save(tmp_path / "dark.png")
+    scores = json.loads((run.root / "evaluation" / "train" / "summary.json").read_text())
+    assert scores["warnings"] == []
     told = sdseg("predict", tmp_path / "dark.png", "--out", tmp_path / "masks")
+    assert len(json.loads((tmp_path / "masks" / "prediction.json").read_text())["warnings"]) == 3
     assert "1 of 1 image is grey" in told
     assert "mean intensity 0, in training" in told
     assert "longer side 200 pixels, in training" in told
+    told = sdseg("stability", tmp_path, "--runs", "2", "--out", tmp_path / "stability")
+    assert "1 of 1 image is grey" in told
+    measured = json.loads((tmp_path / "stability" / "summary.json").read_text())
+    assert "1 of 1 image is grey" in measured["warnings"][0]
     # A model from before these figures were kept says nothing.
     index = run.model / "model_index.json"
     config = json.loads(index.read_text())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sdseg_cli.core.engine.postprocessing import keep_largest_components
+from sdseg_cli.core.engine.postprocessing import keep_largest_components, keep_largest_in_stack
 
 
 def test_each_class_keeps_its_largest_piece_and_the_rest_becomes_background():
@@ -40,3 +40,14 @@ def test_empty_maps_and_volumes_are_taken():
     kept = keep_largest_components(volume)
     assert kept.sum() == 2
     assert kept[2, 3, 3] == 0
+
+
+def test_slices_of_a_volume_keep_its_largest_piece_whatever_their_order_and_gaps():
+    column, dot, empty = (np.zeros((3, 3), np.uint8) for _ in range(3))
+    column[0, 0] = 1
+    dot[2, 2] = 1
+    # Slices 4 and 5 hold one piece of two voxels; slice 7 lies beyond a gap.
+    kept = keep_largest_in_stack([dot, column, empty, column], [7, 5, 9, 4])
+    assert [int(label_map.sum()) for label_map in kept] == [0, 1, 0, 1]
+    kept = keep_largest_in_stack([column, column, dot], [4, 6, 5])
+    assert [int(label_map.sum()) for label_map in kept] == [1, 0, 0]  # all three are apart: the first stays

@@ -14,7 +14,16 @@ import pytest
 import SimpleITK as sitk
 
 from sdseg_cli.core.data.volumes import VolumeGeometry, is_volume, read_label_volume, write_label_volume
-from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, remove_outputs, write_summary
+from sdseg_cli.core.engine.prediction import (
+    plan_predictions,
+    predict_files,
+    read_summary,
+    remove_outputs,
+    write_summary,
+)
+from sdseg_cli.core.engine.prediction_page import prediction_page
+from sdseg_cli.core.engine.prediction_pictures import read_shown_case
+from sdseg_cli.core.engine.report_parts import MOST_VIEWS
 from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 from sdseg_cli.core.errors import ModelError, UsageError
 
@@ -299,3 +308,47 @@ def test_a_mask_that_cannot_be_written_says_so(tmp_path):
 def test_hidden_files_are_no_volumes():
     assert not is_volume(Path("._a.nii.gz"))
     assert is_volume(Path("a.nii.gz"))
+
+
+def test_the_page_shows_slices_of_a_volume_from_its_fullest_on(scans, out):
+    voxels = np.full((20, 14, 30), -100, np.int16)
+    voxels[8:10, 6:8, 4:28] = 200
+    voxels[2:18, 2:12, 10] = 200  # of 24 marked slices the fullest, and none of the evenly chosen eleven
+    save(scans / "a.nii.gz", voxels)
+    save(scans / "empty.nrrd", np.full((6, 5, 3), -100, np.int16))
+    options = {"uncertainty": True, "settings": (window := VolumeSettings((-175, 250), "axial"))}
+    records = run(scans, out, **options)
+    assert [record.status for record in records] == ["done", "done"]
+    tasks = plan_predictions([scans], out, uncertainty=True)
+    classes = ("background", "lesion")
+    write_summary(out / "summary.csv", tasks, records, classes)
+    rows = list(read_summary(out / "summary.csv").values())
+    page = prediction_page(tasks, rows, classes, {}, volumes=window)
+    case = next(case for case in page.gallery if case.title == "a")
+    names = [view.name for view in case.views]
+    assert len(names) == MOST_VIEWS
+    assert (names[0], names[-1]) == ("slice 4", "slice 27")
+    assert names[case.first] == "slice 10"
+    assert [stage.caption for stage in case.views[0].stages] == ["image", "prediction", "uncertainty"]
+    # Pixels are 0.5 x 0.6 mm, columns run along the first array axis.
+    assert case.views[0].width / case.views[0].height == pytest.approx(20 * 0.5 / (14 * 0.6), rel=0.01)
+    empty = next(case for case in page.gallery if case.title == "empty")
+    assert [view.name for view in empty.views] == ["slice 0", "slice 1", "slice 2"]
+    assert page.cases is not None
+    assert "lesion (ml)" in page.cases.columns
+    assert "lesion (%)" not in page.cases.columns
+    assert "20 × 14 × 30" in {row[page.cases.columns.index("size (px)")] for row in page.cases.rows}
+
+
+def test_a_shown_slice_is_the_one_the_model_saw_with_its_mask_on_it(scans, out):
+    save(scans / "a.nii.gz")
+    run(scans, out)
+    (task,) = plan_predictions([scans], out)
+    shown = read_shown_case(task, 2, VolumeSettings((-175, 250)))
+    assert shown is not None
+    first = shown.slices[0]
+    assert first.name == "slice 1"
+    bright = first.image[..., 0] > 128
+    assert 2 * (bright & (first.label_map == 1)).sum() / (bright.sum() + first.label_map.sum()) > 0.8
+    task.mask.unlink()
+    assert read_shown_case(task, 2) is None

@@ -6,11 +6,13 @@ import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sdseg_cli import __version__
 from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
+from sdseg_cli.core.data.dicom_codes import segment_code
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
 
@@ -39,24 +41,11 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
     """
     require_highdicom()
     import highdicom
-    from pydicom.sr.codedict import codes
     from pydicom.uid import ExplicitVRLittleEndian
 
     frames = np.ascontiguousarray(labels.transpose(2, 1, 0))
     masks = np.stack([frames == label for label in range(1, len(classes))], axis=-1)
-    segments = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=name,
-            segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-            segmented_property_type=codes.SCT.Lesion,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-                name="sdseg", version=__version__, family=codes.DCM.ArtificialIntelligence
-            ),
-        )
-        for number, name in enumerate(classes[1:], start=1)
-    ]
+    segments = [_description(number, name) for number, name in enumerate(classes[1:], start=1)]
     try:
         document = highdicom.seg.Segmentation(
             source_images=sorted_headers(series),
@@ -83,3 +72,56 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
     buffer = io.BytesIO()
     document.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue())
+
+
+def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
+    """Read back what :func:`write_dicom_seg` wrote.
+
+    Args:
+        path: the file.
+        series: the slices it was made from.
+
+    Returns:
+        uint8, (columns, rows, slices), class indices.
+
+    Raises:
+        DataError: the file is no segmentation of these slices.
+    """
+    require_highdicom()
+    import highdicom
+
+    try:
+        document = highdicom.seg.segread(path)
+        frames = document.get_pixels_by_source_instance(
+            [header.SOPInstanceUID for header in sorted_headers(series)],
+            combine_segments=True,
+            assert_missing_frames_are_empty=True,
+        )
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises almost anything
+        raise DataError(f"{path}: cannot be read as a DICOM-SEG of {series.name!r} ({error}).") from error
+    return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
+
+
+def _description(number: int, name: str) -> Any:
+    """highdicom's description of a segment; its codes follow from the name of its class."""
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    code = segment_code(name)
+    description = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name,
+        segmented_property_category=code.category,
+        segmented_property_type=code.property_type,
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="sdseg", version=__version__, family=codes.DCM.ArtificialIntelligence
+        ),
+    )
+    if code.side is not None:
+        side = highdicom.sr.CodedConcept.from_code(code.side)
+        (property_type,) = description.SegmentedPropertyTypeCodeSequence
+        property_type.SegmentedPropertyTypeModifierCodeSequence = [side]
+    return description

@@ -15,7 +15,7 @@ import numpy as np
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.data.volumes import is_volume
-from sdseg_cli.core.engine.postprocessing import keep_largest_components
+from sdseg_cli.core.engine.postprocessing import keep_largest_components, keep_largest_in_stack
 from sdseg_cli.core.engine.report_parts import BEST, MIDDLE, MOST_VIEWS, WORST, evenly
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
@@ -66,7 +66,8 @@ class CasePicture:
     """What is needed to show a slice: image uint8 (H, W, 3), truth and prediction uint8 (H, W).
 
     ``uncertainty``, where several draws gave one, is the standard deviation times 510, uint8 (H, W). ``grid``
-    is the way back from the model's grid, where the arrays lie on it.
+    is the way back from the model's grid, where the arrays lie on it; ``pixel_mm`` height and width of a
+    pixel of the case, where they are known.
     """
 
     image: np.ndarray
@@ -75,6 +76,7 @@ class CasePicture:
     uncertainty: np.ndarray | None = None
     slice_index: int = 0
     grid: Grid | None = None
+    pixel_mm: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def evaluate_split(
     convention: Convention = "standard",
     grid: GridName = "case",
     processes: Processes | None = None,
+    nsd_tolerance: float = NSD_TOLERANCE,
 ) -> Iterator[CaseScores]:
     """Predict every case of a split and score it. A generator: unread, it does nothing.
 
@@ -195,6 +198,7 @@ def evaluate_split(
         convention: for empty masks, see :mod:`sdseg_cli.core.metrics.overlap`.
         grid: score on the case's own grid, or on the model's as the paper does.
         processes: share the cases with other processes; this one yields its own part only.
+        nsd_tolerance: in mm where the spacing of a case is known, else in pixels.
 
     Yields:
         One record per case, in the order of the split, with a picture of its worst slice.
@@ -217,11 +221,12 @@ def evaluate_split(
             is_stack = len(positions[current.case_id]) > 1
             if clean and not is_stack:
                 prediction = replace(raw, label_map=keep_largest_components(raw.label_map))
-            parts.append(_score_slice(prediction, current, len(classes), grid, is_stack=is_stack))
+            tolerance = None if is_stack else nsd_tolerance
+            parts.append(_score_slice(prediction, current, len(classes), grid, tolerance))
             if len(parts) == len(positions[current.case_id]):
                 if clean and is_stack:
                     parts = _with_largest_components(parts, len(classes), grid)
-                parts = _with_volume_distances(parts, len(classes))
+                parts = _with_volume_distances(parts, len(classes), nsd_tolerance)
                 yield _score_case(current.case_id, current.group, parts, classes, convention)
                 parts = []
     finally:
@@ -234,7 +239,9 @@ def _inputs(slices: Iterable[PreparedSlice], pending: deque[PreparedSlice]) -> I
 
     for current in slices:
         pending.append(current)
-        yield SliceInput(current.case_id, current.slice_index, current.image, current.grid)
+        yield SliceInput(
+            current.case_id, current.slice_index, current.image, current.grid, current.spacing_mm
+        )
 
 
 @dataclass(frozen=True)
@@ -259,9 +266,15 @@ class _SliceScores:
 
 
 def _score_slice(
-    prediction: SlicePrediction, current: PreparedSlice, num_classes: int, grid: GridName, *, is_stack: bool
+    prediction: SlicePrediction,
+    current: PreparedSlice,
+    num_classes: int,
+    grid: GridName,
+    tolerance: float | None,
 ) -> _SliceScores:
+    """Score a slice; without a tolerance it is one of a stack, whose distances are those of the volume."""
     label_map, truth, spacing = prediction.label_map, current.label_map, current.spacing_mm
+    pixel_mm = None if spacing is None else (spacing[-2], spacing[-1])
     if grid == "model":
         truth = current.grid.labels_to_model(truth)
         spacing = _model_spacing(spacing, current.grid)
@@ -277,13 +290,15 @@ def _score_slice(
         _stored_spread(prediction.uncertainty, current.grid, grid),
         current.slice_index,
         current.grid,
+        pixel_mm,
     )
     plane: _Plane | None = None
     surfaces: tuple[SurfaceScores, ...] = ()
-    if is_stack:  # its distances are those of the volume, measured when all its slices are there
+    if tolerance is None:  # measured when all its slices are there
         plane = _Plane(label_map, truth, current.slice_index, spacing)
     else:
-        surfaces = _surfaces(label_map, truth, num_classes, None if spacing is None else spacing[-2:])
+        in_plane = None if spacing is None else spacing[-2:]
+        surfaces = _surfaces(label_map, truth, num_classes, in_plane, tolerance)
     return _SliceScores(
         count_classes(label_map, truth, num_classes),
         surfaces,
@@ -325,15 +340,11 @@ def _with_largest_components(
     planes = [part.plane for part in parts if part.plane is not None]
     if len({plane.label_map.shape for plane in planes}) > 1:
         return list(parts)  # slices of several sizes lie on no common grid
-    first = min(plane.slice_index for plane in planes)
-    count = max(plane.slice_index for plane in planes) - first + 1
-    stack = np.zeros((count, *planes[0].label_map.shape), np.uint8)
-    for plane in planes:
-        stack[plane.slice_index - first] = plane.label_map
-    stack = keep_largest_components(stack)
+    kept = keep_largest_in_stack(
+        [plane.label_map for plane in planes], [plane.slice_index for plane in planes]
+    )
     cleaned = []
-    for part, plane in zip(parts, planes, strict=True):
-        label_map = stack[plane.slice_index - first]
+    for part, plane, label_map in zip(parts, planes, kept, strict=True):
         way = part.picture.grid
         shown = label_map if grid == "model" or way is None else way.labels_to_model(label_map)
         cleaned.append(
@@ -347,7 +358,9 @@ def _with_largest_components(
     return cleaned
 
 
-def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> list[_SliceScores]:
+def _with_volume_distances(
+    parts: Sequence[_SliceScores], num_classes: int, tolerance: float
+) -> list[_SliceScores]:
     """Give the slices of a stack the distances of their volume; other cases have theirs already.
 
     Slices that were left out of the data are empty on both sides: every slice lies at its own height.
@@ -366,7 +379,7 @@ def _with_volume_distances(parts: Sequence[_SliceScores], num_classes: int) -> l
         stacks = np.zeros((2, count, *planes[0].truth.shape), np.uint8)
         for plane in planes:
             stacks[:, plane.slice_index - first] = plane.label_map, plane.truth
-        surfaces = _surfaces(stacks[0], stacks[1], num_classes, spacing)
+        surfaces = _surfaces(stacks[0], stacks[1], num_classes, spacing, tolerance)
         has_spacing = True
     return [replace(part, surfaces=surfaces, has_spacing=has_spacing, plane=None) for part in parts]
 
@@ -376,7 +389,7 @@ def _surfaces(
     truth: np.ndarray,
     num_classes: int,
     spacing: tuple[float, ...] | None,
-    tolerance: float = NSD_TOLERANCE,
+    tolerance: float,
 ) -> tuple[SurfaceScores, ...]:
     return tuple(
         surface_scores(label_map == k, truth == k, spacing, tolerance=tolerance)

@@ -56,6 +56,7 @@ FACTS = {
     "precision": "Precision",
     "device": "Device",
     "processes": "Processes",
+    "warnings": "Unlike the training data",
     "missing_scored_as_empty": "Missing, scored as empty",
     "convention": "Convention for empty masks",
     "versions": "Versions",
@@ -233,6 +234,7 @@ def _gallery(scores: Sequence[CaseScores]) -> tuple[GalleryCase, ...]:
                     uncertainty=None if picture.uncertainty is None else picture.uncertainty / 510,
                     brightest=brightest,
                     grid=picture.grid,
+                    pixel_mm=picture.pixel_mm,
                 )
                 for picture in record.stack
             ),
@@ -353,10 +355,11 @@ def _case_table(
     with_group = any(record.group != record.case_id for record in scores)
     with_slices = any(record.slices > 1 for record in scores)
     units = {record.unit for record in scores}
-    unit = units.pop() if len(units) == 1 else "mm or px" if units else "px"
+    unit = units.pop() if len(units) == 1 else ""  # where they differ, every row says its own
     columns = ["case", "Dice"]
     columns += ["predicted Dice"] if by_doubt else []
     columns += classes[1:] if several else _metric_columns(unit)
+    columns += [] if several or unit else ["unit"]
     columns += ["outcome"]
     columns += ["slices"] if with_slices else []
     columns += ["group"] if with_group else []
@@ -372,6 +375,7 @@ def _case_table(
         row += (
             [cell(entry.dice, 3) for entry in record.classes] if several else _metric_cells(record.classes[0])
         )
+        row += [] if several or unit else [record.unit]
         row += [_outcomes(record, several=several)]
         row += [str(record.slices)] if with_slices else []
         row += [record.group] if with_group else []
@@ -386,7 +390,8 @@ def _case_table(
 
 
 def _metric_columns(unit: str) -> list[str]:
-    names = {"iou": "IoU", "hd95": f"HD95 ({unit})", "assd": f"ASSD ({unit})"}
+    of_unit = f" ({unit})" if unit else ""
+    names = {"iou": "IoU", "hd95": f"HD95{of_unit}", "assd": f"ASSD{of_unit}"}
     return [names.get(metric, metric) for metric in METRICS if metric != "dice"]
 
 

@@ -41,12 +41,16 @@ _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class SliceInput:
-    """One slice: ``image`` uint8 (S, S, 3) on the model's grid, ``grid`` the way back to its own."""
+    """One slice: ``image`` uint8 (S, S, 3) on the model's grid, ``grid`` the way back to its own.
+
+    ``spacing_mm`` are the mm between its original pixels, (rows, columns) last, where they are known.
+    """
 
     case_id: str
     slice_index: int
     image: np.ndarray
     grid: Grid
+    spacing_mm: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

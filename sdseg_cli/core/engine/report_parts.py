@@ -57,6 +57,7 @@ def slice_view(
     uncertainty: np.ndarray | None = None,
     brightest: float = 0.5,
     grid: Grid | None = None,
+    pixel_mm: tuple[float, float] | None = None,
 ) -> SliceView:
     """Picture one slice: the image alone, then with truth, prediction and uncertainty laid over it.
 
@@ -69,6 +70,8 @@ def slice_view(
         brightest: the uncertainty of the brightest colour.
         grid: given, the arrays are on this model's grid: its border is cut off, and the picture is shown in
             the proportions of the case.
+        pixel_mm: height and width of a pixel of the case, where they are known: thick slices that were cut
+            across are then shown as long as the body is.
     """
     height, width = image.shape[:2]
     cut = (slice(None), slice(None))
@@ -76,6 +79,8 @@ def slice_view(
         top, left, inner_height, inner_width = grid.content
         cut = (slice(top, top + inner_height), slice(left, left + inner_width))
         _, _, height, width = grid.seen
+    if pixel_mm is not None:
+        height, width = (round(1000 * side * mm) for side, mm in zip((height, width), pixel_mm, strict=True))
     stages = [Stage("image")]
     over: list[Layer] = []
     if truth is not None:

@@ -48,6 +48,7 @@ FACTS = {
     "precision": "Precision",
     "device": "Device",
     "processes": "Processes",
+    "warnings": "Unlike the training data",
     "failed_images": "Could not be read",
     "versions": "Versions",
     "written": "Written",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.prepared import PreparedSlice, SplitView
-from sdseg_cli.core.engine.inference import Predictor, SliceInput
+from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
+from sdseg_cli.core.engine.postprocessing import keep_largest_in_stack
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.metrics.overlap import Counts, count_classes, dice
 from sdseg_cli.core.model.pipeline import SDSegPipeline
@@ -35,6 +36,37 @@ class Validation:
         picture = prediction_grid(self.pictures)
         write_png(path, picture)
         return picture
+
+
+@dataclass
+class _Slices:
+    """The slices of a case as they are predicted, on the model's grid."""
+
+    label_maps: list[np.ndarray] = field(default_factory=list)
+    truths: list[np.ndarray] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    shown: int = 0  # the first with something to find, else the last
+    image: np.ndarray | None = None
+    foreground: np.ndarray | None = None
+
+    def add(self, prediction: SlicePrediction, item: PreparedSlice) -> None:
+        if not (self.truths and self.truths[self.shown].any()):
+            self.shown, self.image = len(self.truths), item.image
+            self.foreground = 1 - prediction.probabilities[0]
+        self.label_maps.append(prediction.label_map)
+        self.truths.append(item.grid.labels_to_model(item.label_map))
+        self.indices.append(item.slice_index)
+
+    def keep_largest_components(self) -> None:
+        """Of a volume they are parts of it, not of each slice."""
+        self.label_maps = keep_largest_in_stack(self.label_maps, self.indices)
+
+    def counts(self, num_classes: int) -> list[tuple[Counts, ...]]:
+        pairs = zip(self.label_maps, self.truths, strict=True)
+        return [count_classes(label_map, truth, num_classes) for label_map, truth in pairs]
+
+    def picture(self) -> tuple:
+        return self.image, self.truths[self.shown], self.label_maps[self.shown], self.foreground
 
 
 def validate(
@@ -76,30 +108,33 @@ def validate(
         num_samples=sampling.num_samples,
         threshold=sampling.threshold,
         flips=sampling.flips,
-        largest_component=sampling.largest_component,
         grid="model",
         precision=precision,
     )
-    counts: dict[str, list[tuple[Counts, ...]]] = defaultdict(list)
+    counts: dict[str, list[tuple[Counts, ...]]] = {}
     pictures = []
-    last = {case: position for position, case in enumerate(case_ids)}
-    pending: deque[tuple[int, PreparedSlice]] = deque()  # a volume's slices must not all be in memory
+    slices = Counter(case_ids)
+    pending: deque[PreparedSlice] = deque()  # a volume's images must not all be in memory
 
     def inputs() -> Iterator[SliceInput]:
-        for position, case in enumerate(case_ids):
-            if case in mine:
+        for position, case_id in enumerate(case_ids):
+            if case_id in mine:
                 item = split[position]
-                pending.append((position, item))
+                pending.append(item)
                 yield SliceInput(item.case_id, item.slice_index, item.image, item.grid)
 
+    cases: dict[str, _Slices] = defaultdict(_Slices)
     for prediction in predictor(inputs()):
-        position, item = pending.popleft()
-        truth = item.grid.labels_to_model(item.label_map)
-        counts[item.case_id].append(count_classes(prediction.label_map, truth, pipeline.num_classes))
-        if item.case_id in pictured and (truth.any() or position == last[item.case_id]):
-            pictured.discard(item.case_id)
-            foreground = 1 - prediction.probabilities[0]
-            pictures.append((item.case_id, item.image, truth, prediction.label_map, foreground))
+        item = pending.popleft()
+        case = cases[item.case_id]
+        case.add(prediction, item)
+        if len(case.truths) == slices[item.case_id]:
+            cases.pop(item.case_id)
+            if sampling.largest_component:
+                case.keep_largest_components()
+            counts[item.case_id] = case.counts(pipeline.num_classes)
+            if item.case_id in pictured:
+                pictures.append((item.case_id, *case.picture()))
     gathered = processes.gather(list(counts.items()))
     names = pipeline.classes[1:]
     per_class: dict[str, list[float]] = {name: [] for name in names}

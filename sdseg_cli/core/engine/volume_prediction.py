@@ -101,14 +101,14 @@ def predict_volumes(
         ahead: Future[Volume] | None = None
         try:
             for position, task in enumerate(tasks):
-                current = ahead or pool.submit(_read, task, chosen.nan_fill)
+                current = ahead or pool.submit(read_scan, task, chosen.nan_fill)
                 try:
                     volume: Volume | None = current.result()
                 except (SdsegError, OSError, MemoryError) as error:
                     volume, failure = None, error
                 del current
                 upcoming = tasks[position + 1 : position + 2]
-                ahead = pool.submit(_read, upcoming[0], chosen.nan_fill) if upcoming else None
+                ahead = pool.submit(read_scan, upcoming[0], chosen.nan_fill) if upcoming else None
                 if volume is None:
                     yield task, failure
                     continue
@@ -128,7 +128,13 @@ def predict_volumes(
                 ahead.cancel()
 
 
-def _read(task: PredictionTask, nan_fill: float | None) -> Volume:
+def read_scan(task: PredictionTask, nan_fill: float | None) -> Volume:
+    """Read the volume of a task, a file or a DICOM series.
+
+    Raises:
+        DataError: it cannot be read, or changed meanwhile.
+        OSError: the file cannot be opened.
+    """
     if task.series is not None:
         return read_series(task.series, nan_fill=nan_fill)
     before = task.path.stat()
@@ -222,7 +228,8 @@ class _Case:
         height, width = self.stack.shape
         grid = Grid(height, width, self.predictor.image_size, self.predictor.resize)
         for index in range(self.stack.count):
-            yield SliceInput(self.task.case_id, index, grid.image_to_model(self._picture(index)), grid)
+            image = grid.image_to_model(self._picture(index))
+            yield SliceInput(self.task.case_id, index, image, grid, self.stack.spacing_mm)
 
     def _picture(self, index: int) -> np.ndarray:
         """A slice as the model sees it, uint8 (H, W, 3)."""
