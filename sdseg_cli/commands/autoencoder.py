@@ -158,19 +158,21 @@ def _distil(
 
     from sdseg_cli.core.engine.distillation import (
         agreement,
-        encode_masks,
+        ask_teacher,
         make_mask_decoder,
         train_mask_decoder,
     )
     from sdseg_cli.core.files import whole_folder
 
-    encoded = encode_masks(teacher, masks, device=device)
-    latents = torch.stack(list(console.progress(encoded, len(masks), "encoding masks", unit="masks")))
+    asked = ask_teacher(teacher, masks, device=device)
+    answers = list(console.progress(asked, len(masks), "asking the full decoder", unit="masks"))
+    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
+    answers.clear()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])
         decoder = make_mask_decoder(teacher, latents).to(device)
     with console.training_progress(settings["steps"]) as bar:
-        for report in train_mask_decoder(decoder, latents, masks, device=device, **settings):
+        for report in train_mask_decoder(decoder, latents, wanted, device=device, **settings):
             bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
     scores: dict[str, dict[str, float]] = {}
     with console.working("comparing with the full decoder"):

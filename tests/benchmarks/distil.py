@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from sdseg_cli.core.engine.autoencoder_training import generated_masks, reconstruction_dice
-from sdseg_cli.core.engine.distillation import agreement, encode_masks, make_mask_decoder, train_mask_decoder
+from sdseg_cli.core.engine.distillation import agreement, ask_teacher, make_mask_decoder, train_mask_decoder
 from sdseg_cli.core.seeding import generator_for
 
 CPU = torch.device("cpu")
@@ -42,26 +43,46 @@ def small_kl(widths: tuple[int, ...]) -> AutoencoderKL:
     )
 
 
-def train_kl(network: AutoencoderKL, masks: list[np.ndarray], steps: int, batch: int, rate: float) -> None:
-    """Reconstruction of {-1, 1} in three channels, with the posterior's noise and a faint KL term."""
+def train_kl(
+    network: AutoencoderKL, masks: list[np.ndarray], steps: int, crop: int, rate: float
+) -> Iterator[float]:
+    """Reconstruction of {-1, 1} in three channels, with the posterior's noise and a faint KL term.
+
+    Yields:
+        The loss after every step. Crops of twice the side come in turn with those of ``crop``, four times as
+        few of them, so that the group norms get to know larger images.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     network.train()
     for step in range(steps):
         generator = generator_for("kl", step)
-        chosen = torch.randint(len(masks), (batch,), generator=generator)
-        pixels = torch.from_numpy(np.stack([masks[int(i)] for i in chosen])).float()[:, None] * 2 - 1
-        pixels = pixels.expand(-1, 3, -1, -1)
+        side, batch = (crop, 16) if step % 2 else (min(2 * crop, masks[0].shape[0]), 4)
+        truth = torch.stack([random_crop(masks, side, generator) for _ in range(batch)])
+        pixels = truth[:, None].expand(-1, 3, -1, -1) * 2 - 1
         encoded = network.encode(pixels).latent_dist
         decoded = network.decode(encoded.sample(generator=generator)).sample
-        loss = (decoded - pixels).abs().mean() + 1e-6 * encoded.kl().mean()
+        probability = ((decoded.mean(dim=1) + 1) / 2).clamp(0, 1)
+        dice = 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
+        loss = (decoded - pixels).abs().mean() + 0.5 * dice + 1e-6 * encoded.kl().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            print(f"autoencoder {step}/{steps}: {loss.item():.4f}", file=sys.stderr)
+        yield loss.item()
     network.eval().requires_grad_(False)
+
+
+def random_crop(masks: list[np.ndarray], side: int, generator: torch.Generator) -> torch.Tensor:
+    """A crop (side, side), float in {0, 1}; one with both values if four draws find it."""
+    for _ in range(4):
+        mask = masks[int(torch.randint(len(masks), (), generator=generator))]
+        top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in mask.shape)
+        found = torch.from_numpy(mask[top : top + side, left : left + side]).float()
+        if 0 < found.mean() < 1:
+            break
+    return found
 
 
 def kvasir_masks(archive: Path, size: int, count: int = 64) -> list[np.ndarray]:
@@ -74,14 +95,31 @@ def kvasir_masks(archive: Path, size: int, count: int = 64) -> list[np.ndarray]:
     return found
 
 
+def find_teacher(options: argparse.Namespace, masks: list[np.ndarray]) -> AutoencoderKL:
+    """Load the KL autoencoder of an earlier run, or train it and keep it."""
+    if options.teacher is not None and options.teacher.exists():
+        return AutoencoderKL.from_pretrained(options.teacher).eval().requires_grad_(False)
+    teacher = small_kl(tuple(options.widths))
+    for step, loss in enumerate(train_kl(teacher, masks, options.kl_steps, options.crop, 2e-3)):
+        if step % 50 == 0:
+            print(f"autoencoder {step}/{options.kl_steps}: {loss:.4f}", file=sys.stderr)
+    if options.teacher is not None:
+        teacher.save_pretrained(options.teacher)
+    return teacher
+
+
 def main(arguments: list[str] | None = None) -> dict:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--masks", type=int, default=800)
-    parser.add_argument("--widths", type=int, nargs=4, default=(16, 32, 32, 32))
-    parser.add_argument("--kl-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--masks", type=int, default=1200)
+    parser.add_argument("--widths", type=int, nargs=4, default=(16, 32, 64, 64))
+    parser.add_argument("--crop", type=int, default=64, help="side of the crops the autoencoder trains on")
+    parser.add_argument("--kl-steps", type=int, default=1000)
+    parser.add_argument("--teacher", type=Path, help="folder the autoencoder is kept in, and taken from")
+    parser.add_argument("--taught", type=int, default=500, help="masks the small decoder trains on")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--zip", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -89,13 +127,13 @@ def main(arguments: list[str] | None = None) -> dict:
     held_out = {"generated and phantom": list(generated_masks(64, options.size, 1_000_003))}
     if options.zip is not None:
         held_out["Kvasir-SEG"] = kvasir_masks(options.zip, options.size)
-    teacher = small_kl(tuple(options.widths))
-    train_kl(teacher, masks, options.kl_steps, 8, 2e-3)
-    latents = torch.stack(list(encode_masks(teacher, masks, device=CPU)))
+    teacher = find_teacher(options, masks)
+    answers = list(ask_teacher(teacher, masks[: options.taught], device=CPU))
+    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
     torch.manual_seed(0)
     decoder = make_mask_decoder(teacher, latents)
-    training = {"steps": options.steps, "batch_size": 16, "learning_rate": 2e-3, "seed": 0, "device": CPU}
-    for report in train_mask_decoder(decoder, latents, masks, report_every=100, **training):
+    training = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 2e-3, "seed": 0}
+    for report in train_mask_decoder(decoder, latents, wanted, report_every=50, device=CPU, **training):
         print(f"decoder {report.step}/{options.steps}: {report.loss:.4f}", file=sys.stderr)
     scores = {}
     for name, part in held_out.items():

@@ -20,12 +20,15 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from monai.networks.nets import DynUNet
@@ -34,6 +37,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdseg_cli.core.engine.acceleration import missing_compiler
+from sdseg_cli.core.model.exported import OneStep, write_graph
 from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.pipeline import SDSegPipeline, scores_to_probabilities
@@ -43,6 +47,12 @@ from sdseg_cli.core.model.unet import SDSegUNet
 
 BATCHES = (1, 16)
 TRAINED_BATCH = 8
+# Those for which ``sdseg export`` has what it needs.
+RUNTIMES = [
+    kind
+    for kind, library in (("onnx", "onnxruntime"), ("openvino", "openvino"))
+    if all(find_spec(name) for name in ("onnx", "onnxscript", library))
+]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,10 +64,11 @@ class Variant:
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
+    runtime: str = ""  # onnx or openvino: the graph that ``sdseg export`` writes, in place of PyTorch
 
     @property
     def name(self) -> str:
-        words = [self.family, self.precision]
+        words = [self.family, self.precision, *[self.runtime] * bool(self.runtime)]
         words += ["channels-last"] * self.channels_last + ["compiled"] * self.compiled
         return " ".join(words)
 
@@ -149,7 +160,7 @@ def build(family: str, size: int, tiny: bool) -> tuple[nn.Module | SDSegPipeline
 FAMILIES = ("paper", "paper, built-in mask decoder", "kseg-fast", "U-Net ResNet-34", "nnU-Net-like (DynUNet)")
 
 
-def variants(device: torch.device, compile_too: bool) -> list[Variant]:
+def variants(device: torch.device, compile_too: bool, runtimes: Sequence[str]) -> list[Variant]:
     half = "bf16"
     found = []
     for family in FAMILIES:
@@ -159,6 +170,8 @@ def variants(device: torch.device, compile_too: bool) -> list[Variant]:
             found += [Variant(family, "fp32", compiled=True), Variant(family, half, True, True)]
         if device.type == "cuda":
             found.append(Variant(family, "fp16", True))
+        else:
+            found += [Variant(family, runtime=kind) for kind in runtimes]
     return found
 
 
@@ -181,6 +194,7 @@ class Subject:
         networks = [part for name, part in self.parts.items() if name != "decoder"]
         self.trained = [parameter for part in networks for parameter in part.parameters()]
         self.optimizer: torch.optim.Optimizer | None = None
+        self.graph = graph(variant.family, variant.runtime, size, tiny) if variant.runtime else None
 
     def images(self, count: int) -> torch.Tensor:
         images = torch.rand(count, 3, self.size, self.size, device=self.device) * 2 - 1
@@ -197,6 +211,9 @@ class Subject:
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        if self.graph is not None:
+            given = {"image": images.numpy()} | ({} if noise is None else {"noise": noise.numpy()})
+            return torch.from_numpy(self.graph(given))
         with self.autocast():
             if noise is None:
                 return self.parts["network"](images).float().softmax(dim=1)
@@ -246,6 +263,32 @@ class Subject:
         return total / 1e9, {name: flops / max(total, 1) for name, flops in per_part.items()}
 
 
+class Probabilities(nn.Module):
+    """A plain network up to its probabilities, as :class:`OneStep` is for a pipeline."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network(image).float().softmax(dim=1)
+
+
+@lru_cache
+def graph(family: str, kind: str, size: int, tiny: bool) -> Callable[[dict], np.ndarray]:
+    """Write a family's graph and load it; it is written once, and its weights are the variant's."""
+    subject = Subject(Variant(family), torch.device("cpu"), size, tiny)
+    images, noise = subject.inputs(2)
+    module = OneStep(subject.model) if noise is not None else Probabilities(subject.model)
+    example = {"image": images} | ({} if noise is None else {"noise": noise})
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        run = write_graph(module.eval(), example, Path(folder), kind)
+        expected = subject.predict(images, noise).numpy()
+        found = run({name: tensor.numpy() for name, tensor in example.items()})
+    assert np.abs(found - expected).max() < 1e-3, "the graph says something else"
+    return run
+
+
 @lru_cache
 def counted_flops(family: str, device: str, size: int, tiny: bool) -> tuple[float, dict[str, float]]:
     return Subject(Variant(family), torch.device(device), size, tiny).count_flops()
@@ -290,7 +333,7 @@ def measure(options: argparse.Namespace) -> dict:
     compile_too = options.compile and missing_compiler(device) is None
     chosen = [
         variant
-        for variant in variants(device, compile_too)
+        for variant in variants(device, compile_too, options.runtimes)
         if not options.only or any(word in variant.name for word in options.only)
     ]
     results = {variant: Result(variant.name) for variant in chosen}
@@ -344,7 +387,7 @@ def one_round(
         seconds = timed(lambda given=given: subject.predict(*given), device, options.repeats)
         result.seconds.setdefault(f"batch {count}", []).append(seconds)
     result.peak_memory_gib = max(result.peak_memory_gib, peak_memory_gib(device))
-    if variant.precision == "fp16":  # training in it takes a loss scaler, which bf16 does not
+    if not options.training or variant.runtime or variant.precision == "fp16":  # which takes a loss scaler
         return
     for part in subject.parts.values():
         part.train()
@@ -401,6 +444,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="few repeats and small batches, for a CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny networks: only shows that it runs")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: not with --quick")
+    parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--runtimes", nargs="*", default=RUNTIMES, help="of exported graphs, on a CPU")
     parser.add_argument("--only", nargs="*", metavar="WORDS", help="variants whose names hold one of these")
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md")
     options = parser.parse_args(arguments)

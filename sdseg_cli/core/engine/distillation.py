@@ -19,13 +19,26 @@ _CHUNK = 4  # masks at a time through the KL autoencoder: these take about 1 GiB
 
 
 @torch.no_grad()
-def encode_masks(
+def ask_teacher(
     autoencoder: AutoencoderKL, masks: Sequence[np.ndarray], *, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Yield the unscaled mean latents of masks (S, S) in {0, 1}, float32 (C, S/8, S/8), on the CPU."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Encode masks and decode them again, with the full decoder.
+
+    Args:
+        autoencoder: frozen, on ``device``.
+        masks: (S, S) each, values in {0, 1}.
+        device: where to compute.
+
+    Yields:
+        For each mask, on the CPU: its unscaled mean latent, float32 (C, S/8, S/8), and what the full decoder
+        makes of that, float16 (S, S), probabilities. What a small decoder should say is this and not the
+        mask: the two differ where the autoencoder does not reproduce it.
+    """
     for start in range(0, len(masks), _CHUNK):
         chunk = torch.from_numpy(np.stack(masks[start : start + _CHUNK])).float().unsqueeze(1)
-        yield from posterior(autoencoder, chunk.to(device)).mode().float().cpu()
+        latents = posterior(autoencoder, chunk.to(device)).mode()
+        decoded = decode_latents(autoencoder, latents, scale=1.0)[:, 0]
+        yield from zip(latents.float().cpu(), decoded.half().cpu(), strict=True)
 
 
 def make_mask_decoder(
@@ -44,7 +57,7 @@ def make_mask_decoder(
 def train_mask_decoder(
     decoder: MaskDecoder,
     latents: torch.Tensor,
-    masks: Sequence[np.ndarray],
+    wanted: torch.Tensor,
     *,
     steps: int,
     batch_size: int,
@@ -58,8 +71,8 @@ def train_mask_decoder(
 
     Args:
         decoder: already on ``device``.
-        latents: float32, (N, C, h, w), of the masks.
-        masks: uint8, (S, S) each, values in {0, 1}.
+        latents: float32, (N, C, h, w), of masks, see :func:`ask_teacher`.
+        wanted: float16, (N, S, S), probabilities: what the full decoder says of these latents.
         steps: optimizer steps.
         batch_size: masks per step.
         learning_rate: peak of a cosine schedule with 5 % warm-up.
@@ -82,13 +95,13 @@ def train_mask_decoder(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate
         generator = generator_for("distillation", seed, step)
-        chosen = torch.randint(len(masks), (batch_size,), generator=generator)
-        truth = torch.from_numpy(np.stack([masks[int(i)] for i in chosen])).float().unsqueeze(1).to(device)
+        chosen = torch.randint(len(latents), (batch_size,), generator=generator)
+        target = wanted[chosen].float().unsqueeze(1).to(device)
         given = latents[chosen]
         # Half of the latents stay exact: agreement with the full decoder is asked for there.
         level = (torch.rand(batch_size, 1, 1, 1, generator=generator) * 2 - 1).clamp(min=0)
         given = given + level * spread * torch.randn(given.shape, generator=generator)
-        loss = mask_loss(decoder.decode_logits(given.to(device)), truth)
+        loss = mask_loss(decoder.decode_logits(given.to(device)), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,40 +92,18 @@ def export(pipeline: SDSegPipeline, folder: Path, kind: str) -> ExportConfig:
         UsageError: a library that it takes is not installed.
         ModelError: the graph does not compute what the pipeline does.
     """
-    for library in ("onnx", "onnxscript", *(["onnxruntime"] if kind == "onnx" else ["openvino"])):
-        _import(library)
     size = pipeline.config.image_size
     shape = pipeline.latent_shape() if pipeline.is_diffusion else None
     generator = generator_for("export")
-    example = [torch.rand(2, 3, size, size, generator=generator) * 2 - 1]
-    names = ["image"]
+    example = {"image": torch.rand(2, 3, size, size, generator=generator) * 2 - 1}
     if shape is not None:
         noise = torch.randn(2, *shape, generator=generator)
-        example.append(torch.zeros_like(noise) if pipeline.config.noise == "zeros" else noise)
-        names.append("noise")
+        example["noise"] = torch.zeros_like(noise) if pipeline.config.noise == "zeros" else noise
     module = OneStep(pipeline).eval()
-    path = folder / FORMATS["onnx"]
+    run = write_graph(module, example, folder, kind)
     with torch.no_grad():
-        expected = module(*example).numpy()
-        torch.onnx.export(
-            module,
-            tuple(example),
-            str(path),
-            input_names=names,
-            output_names=["probabilities"],
-            dynamo=True,
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in names),
-            external_data=False,
-            verbose=False,
-        )
-    if kind == "openvino":
-        openvino = _import("openvino")
-        openvino.save_model(
-            openvino.convert_model(path), folder / FORMATS["openvino"], compress_to_fp16=False
-        )
-        path.unlink()
-    run = _session(folder, kind)
-    given = {name: tensor.numpy() for name, tensor in zip(names, example, strict=True)}
+        expected = module(*example.values()).numpy()
+    given = {name: tensor.numpy() for name, tensor in example.items()}
     single = {name: array[:1] for name, array in given.items()}  # the batch is free
     deviation = max(
         float(np.abs(run(given) - expected).max()), float(np.abs(run(single) - expected[:1]).max())
@@ -148,6 +126,47 @@ def export(pipeline: SDSegPipeline, folder: Path, kind: str) -> ExportConfig:
     )
     (folder / EXPORT_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def write_graph(
+    module: nn.Module, example: Mapping[str, torch.Tensor], folder: Path, kind: str
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """Write a network's graph and load it.
+
+    Args:
+        module: in evaluation mode, float32, on the CPU; its output is called ``probabilities``.
+        example: inputs by name, in the order of the arguments, two of each; the batch stays free.
+        folder: exists.
+        kind: ``onnx`` or ``openvino``.
+
+    Returns:
+        What runs the graph on inputs by name, float32.
+
+    Raises:
+        UsageError: a library that it takes is not installed.
+    """
+    for library in ("onnx", "onnxscript", *(["onnxruntime"] if kind == "onnx" else ["openvino"])):
+        _import(library)
+    path = folder / FORMATS["onnx"]
+    with torch.no_grad():
+        torch.onnx.export(
+            module,
+            tuple(example.values()),
+            str(path),
+            input_names=list(example),
+            output_names=["probabilities"],
+            dynamo=True,
+            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in example),
+            external_data=False,
+            verbose=False,
+        )
+    if kind == "openvino":
+        openvino = _import("openvino")
+        openvino.save_model(
+            openvino.convert_model(path), folder / FORMATS["openvino"], compress_to_fp16=False
+        )
+        path.unlink()
+    return _session(folder, kind)
 
 
 def _import(library: str) -> Any:
