@@ -151,8 +151,10 @@ def _agreement(predictor: Predictor, view: SplitView, draws: int) -> float | Non
     """Mean Dice between the masks of single draws over slices and classes, as ``sdseg stability`` has it."""
     from sdseg_cli.core.engine.stability import measure_stability
 
-    kept = {name: getattr(predictor, name) for name in ("num_samples", "return_samples", "flips")}
-    predictor.num_samples, predictor.return_samples, predictor.flips = draws, True, ()
+    own = {"num_samples": draws, "return_samples": True, "flips": (), "looks": []}  # looked at already
+    kept = {name: getattr(predictor, name) for name in own}
+    for name, value in own.items():
+        setattr(predictor, name, value)
     try:
         inputs = _inputs(view, evenly(len(view), MOST_SLICES_DRAWN))
         found = [
