@@ -6,6 +6,7 @@ what is read well enough must also be cut, written and named without harm.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
