@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,7 @@ from sdseg_cli.core.engine.prediction import (
     SUMMARY_FILE,
     CasePrediction,
     PredictionTask,
+    Shard,
     plan_predictions,
     predict_files,
     prepare_folder,
@@ -46,6 +48,7 @@ from sdseg_cli.core.engine.prediction import (
     refuse_existing,
     remove_outputs,
     split_existing,
+    summary_lock,
     summary_rows,
     write_summary,
 )
@@ -90,6 +93,7 @@ sdseg predict scans/ --out masks/ --model runs/kseg-fast --overlay
 sdseg predict a.png b.tif --out masks/ --samples 10 --probabilities
 sdseg predict scans/ --out masks/ --samples 10 --flips horizontal --report   # and how sure it is
 sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where it stopped
+sdseg predict archive/ --out masks/ --shard 2/4                    # one of four workers, on any machine
 sdseg predict ct.nii.gz --out masks/ --window=-175,250             # a volume; the mask has its geometry
 sdseg predict dicom/ --out masks/ --recursive --format dicom-seg   # a DICOM-SEG for every series
 """
@@ -173,12 +177,21 @@ def predict(
         bool, typer.Option("--skip-existing", help="Predict only what has no mask yet.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Predict the I-th of N equal parts; N calls with the same --out share the work.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images and volumes: one mask each, in its own size and geometry, and a summary.csv.
 
     Files that cannot be read are listed and left out; the exit code is then 3.
     """
+    part = Shard() if shard is None else Shard.parse(shard)
     if skip_existing and overwrite:
         raise UsageError("--skip-existing and --overwrite exclude each other. Choose one.")
     found = Model.find(model)
@@ -217,13 +230,15 @@ def predict(
     stated = {name: value for name, value in chosen.items() if value is not None}
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
     settings = {**identity, "seed": seed, **sampling, **stated}
+    planned, tasks = tasks, part.of(tasks)
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
     if not overwrite:
         _refuse_other_settings(out, settings)
     if not skip_existing and not overwrite:
         refuse_existing(tasks, out)
     prepare_folder(out)
-    console.say(f"{_count(tasks)} to predict into {readable(out)}")
+    of_all = "" if part.count == 1 else f" (shard {part.number} of {part.count})"
+    console.say(f"{_count(tasks)} to predict into {readable(out)}{of_all}")
     if done:
         console.say(f"{len(done)} of them are done already and are skipped")
     records = [CasePrediction(task.case_id, task.file, "skipped") for task in done]
@@ -237,6 +252,7 @@ def predict(
             as_json=as_json,
             report=report,
             recipe=found.recipe_text(),
+            planned=None if shard is None else planned,
         )
         session.run(
             todo,
@@ -263,7 +279,10 @@ class _Session:
         as_json: bool,
         report: bool = False,
         recipe: str = "",
+        planned: Sequence[PredictionTask] | None = None,
     ) -> None:
+        self.is_shard = planned is not None
+        self.planned = tasks if planned is None else planned  # of all shards
         self.report = report
         self.recipe = recipe
         self.out = out
@@ -303,7 +322,8 @@ class _Session:
                 console.say(remark)
         if overwrite and processes.is_main:
             remove_outputs(todo)
-            (self.out / SUMMARY_FILE).unlink(missing_ok=True)  # it may list masks of another model
+            if not self.is_shard:  # it may list masks of another model, and those of the other shards
+                (self.out / SUMMARY_FILE).unlink(missing_ok=True)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         if processes.is_main:
             self._write_settings("running")
@@ -346,10 +366,11 @@ class _Session:
 
     def _finish(self, stop: SdsegError | None) -> None:
         try:
-            write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
-            self._write_settings("finished" if stop is None else "stopped")
-            if self.report:
-                self._write_page()
+            with summary_lock(self.out) if self.is_shard else nullcontext():
+                write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
+                self._write_settings(self._outcome(stop))
+                if self.report:
+                    self._write_page()
         except OSError as error:
             self.has_summary = False
             console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
@@ -357,6 +378,21 @@ class _Session:
                 if record.status == "done":
                     console.say(f"  {record.file}")
         self._report()
+
+    def _outcome(self, stop: SdsegError | None) -> str:
+        """``finished`` once every case of every shard is listed; until then the others are at work."""
+        if stop is not None:
+            return "stopped"
+        if not self.is_shard:
+            return "finished"
+        listed = read_summary(self.out / SUMMARY_FILE)
+        left = sum(task.file not in listed for task in self.planned)
+        if left:
+            console.say(
+                f"{left} of all {len(self.planned)} cases belong to shards that have not finished. Should "
+                "one have died, the same command with --skip-existing completes it."
+            )
+        return "running" if left else "finished"
 
     def _report(self) -> None:
         failed = [record for record in self.records if record.status == "failed"]
@@ -382,7 +418,7 @@ class _Session:
     def _leave(self) -> None:
         """Leave with 3 if some cases failed, with 1 if all did or the summary could not be written."""
         failed = sum(record.status == "failed" for record in self.records)
-        if failed == len(self.tasks) or not self.has_summary:
+        if (failed and failed == len(self.tasks)) or not self.has_summary:
             raise typer.Exit(1)
         if failed:
             raise typer.Exit(3)
@@ -428,7 +464,7 @@ class _Session:
             "written": now(),
             **self.settings,
             "classes": list(self.classes),
-            "images": len(self.tasks),
+            "images": len(self.planned),
         }
 
 

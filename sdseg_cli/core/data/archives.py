@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import lzma
 import shutil
 import stat
@@ -25,7 +26,15 @@ RATIO_FREE_BYTES = 64 * 2**20
 MAX_MEMBERS = 1_000_000
 
 _CHUNK = 2**20
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
+    # The last two: tarfile reads a header's extension in one piece, whatever size it claims.
+    *(EOFError, NotImplementedError, OverflowError, MemoryError),
+)
+# What the names in an archive lead to on a sound disk: too long, or a file and a folder at once.
+_OF_THE_NAMES = frozenset(
+    {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
+)
 
 Progress = Callable[[int, int | None], None]  # bytes done, bytes in all (None if unknown)
 
@@ -84,7 +93,7 @@ def unpack(
     except FileNotFoundError as error:
         raise DataError(f"{archive}: no such file.") from error
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in {None, *_OF_THE_NAMES}:
             raise  # the disk, not the archive
         raise _damaged(archive, error) from error
 

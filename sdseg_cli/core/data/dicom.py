@@ -325,6 +325,7 @@ def _pixels(path: Path, header: Any) -> np.ndarray:
             if not header.file_meta.TransferSyntaxUID.is_compressed:
                 raise
             return _decode_with_gdcm(path, header)
+        stored = stored.reshape(int(header.Rows), int(header.Columns))  # a file may decode to something else
         if "ModalityLUTSequence" in dataset:
             from pydicom.pixels import apply_modality_lut
 

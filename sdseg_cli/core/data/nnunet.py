@@ -61,7 +61,7 @@ def read_nnunet(root: Path) -> NNUNetDataset:
         channels = content.get("channel_names", content.get("modality"))
         names = [str(channels[key]) for key in sorted(channels, key=int)]
         labels = dict(content["labels"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{file}: not a dataset.json of nnU-Net ({type(error).__name__}: {error}). Expected "
             "channel_names (or modality) and labels."
@@ -168,11 +168,13 @@ def _classes(file: Path, labels: dict[str, Any]) -> tuple[str, ...]:
             f"{file}: label {labels['ignore']} is to be ignored in training, which sdseg cannot do. Leave "
             "out the cases that hold it, and the label from a copy of dataset.json."
         )
-    numbers = sorted(labels.values(), key=int)
-    if [int(number) for number in numbers] != list(range(len(numbers))) or len(numbers) < 2:
-        shown = ", ".join(map(str, numbers))
+    try:
+        names = {int(number): name for name, number in labels.items()}
+    except (TypeError, ValueError, OverflowError):
+        names = {}
+    if len(labels) < 2 or set(names) != set(range(len(labels))):
+        shown = ", ".join(map(str, labels.values()))
         raise DataError(f"{file}: labels {shown}; expected 0 (background), 1, 2, ... without a gap.")
-    names = {int(number): name for name, number in labels.items()}
     return ("background", *(names[number] for number in range(1, len(names))))
 
 

@@ -40,6 +40,7 @@ SPLIT_FILE = "split.yaml"
 SHEET_FILE = "contact_sheet.png"
 _SHEET_ITEMS = 24
 _SHOWN_PROBLEMS = 100
+_BATCH_ROWS = 64  # of an arrow file; a prepared slice takes some 150 kB
 _AHEAD = 32  # cases; a prepared volume takes some 30 MB
 
 SheetItem = tuple[str, np.ndarray, np.ndarray]  # title, image, label map; both on the model grid
@@ -577,7 +578,7 @@ def _problem_listing(problems: Sequence[Problem], total: int) -> str:
 
 
 class _Tables:
-    """One arrow stream a split, written row by row, then saved as a DatasetDict."""
+    """One arrow stream a split, written some rows at a time, then saved as a DatasetDict."""
 
     def __init__(self, folder: Path) -> None:
         import datasets
@@ -597,6 +598,7 @@ class _Tables:
             }
         )
         self._writers: dict[str, pyarrow.RecordBatchStreamWriter] = {}
+        self._waiting: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
 
     def __enter__(self) -> _Tables:
         import pyarrow
@@ -609,14 +611,24 @@ class _Tables:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for writer in self._writers.values():
+        for split, writer in self._writers.items():
+            if self._waiting[split]:
+                self._write(split)
             writer.close()
 
     def add(self, split: str, row: dict[str, Any]) -> None:
+        # Every batch of a mapped file costs kilobytes of memory: a batch a row would be felt from 10,000 on.
+        waiting = self._waiting[split]
+        waiting.append(row)
+        if len(waiting) >= _BATCH_ROWS:
+            self._write(split)
+
+    def _write(self, split: str) -> None:
         import pyarrow
 
-        batch = pyarrow.RecordBatch.from_pylist([row], schema=self._features.arrow_schema)
+        batch = pyarrow.RecordBatch.from_pylist(self._waiting[split], schema=self._features.arrow_schema)
         self._writers[split].write_batch(batch)
+        self._waiting[split] = []
 
     def save(self, root: Path) -> None:
         import datasets

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.grid import Grid, Resize
@@ -69,7 +70,7 @@ class DatasetManifest:
         """Read from JSON text.
 
         Raises:
-            ValueError: not JSON, or keys are missing, or written by a newer sdseg.
+            ValueError: not JSON, or keys are missing or of another kind, or written by a newer sdseg.
         """
         record = json.loads(text)
         if not isinstance(record, dict):
@@ -80,8 +81,12 @@ class DatasetManifest:
         missing = sorted(names - record.keys())
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
-        known = {name: record[name] for name in names}
-        return cls(**{**known, "classes": tuple(known["classes"])})
+        found: DatasetManifest = TypeAdapter(cls).validate_python({name: record[name] for name in names})
+        if set(found.splits) != set(SPLITS) or min(found.splits.values()) < 0:
+            raise ValueError(f"splits are {dict(found.splits)}, expected the sizes of {', '.join(SPLITS)}")
+        if found.image_size < 1 or len(found.classes) < 2:
+            raise ValueError(f"image_size is {found.image_size} and there are {len(found.classes)} classes")
+        return found
 
 
 @dataclass(frozen=True)
@@ -134,22 +139,26 @@ class SplitView(Sequence[PreparedSlice]):
             raise IndexError(f"split {self.name} has {len(self)} slices, asked for number {index}")
         row = self._rows()[position]
         try:
-            image, label_map = decode_png(row["image"]["bytes"]), decode_png(row["label_map"]["bytes"])
+            return self._slice(row)
         except Exception as error:  # decoders raise almost anything on damaged bytes
             raise DataError(
                 f"{self.root}: slice {row['case_id']} of split {self.name} is damaged ({error}). "
                 "Prepare the dataset again."
             ) from error
+
+    def _slice(self, row: Mapping[str, Any]) -> PreparedSlice:
+        image, label_map = decode_png(row["image"]["bytes"]), decode_png(row["label_map"]["bytes"])
         spacing, crop = row["spacing_mm"], row.get("crop")
+        height, width, size = row["height"], row["width"], self._image_size
+        if image.shape != (size, size, 3) or label_map.shape != (height, width):
+            raise ValueError(f"its image is {image.shape}, its label map {label_map.shape}")
         return PreparedSlice(
             case_id=row["case_id"],
             slice_index=row["slice_index"],
             group=row["group"],
             image=image,
             label_map=label_map,
-            grid=Grid(
-                row["height"], row["width"], self._image_size, self._resize, tuple(crop) if crop else None
-            ),
+            grid=Grid(height, width, size, self._resize, tuple(crop) if crop else None),
             spacing_mm=None if spacing is None else tuple(spacing),
         )
 
@@ -168,7 +177,7 @@ class SplitView(Sequence[PreparedSlice]):
 
     def _rows(self) -> Any:
         if self._table is None:
-            self._table = _load_split(self.root, self.name)
+            self._table = _load_split(self.root, self.name, self._length)
         return self._table
 
 
@@ -239,7 +248,7 @@ def _remedy(root: Path) -> str:
     return f"Make it with: sdseg {command} --out {root}"
 
 
-def _load_split(root: Path, name: str) -> Any:
+def _load_split(root: Path, name: str, length: int) -> Any:
     import datasets
 
     try:
@@ -247,8 +256,12 @@ def _load_split(root: Path, name: str) -> Any:
         for column in ("image", "label_map"):
             # The bytes as they are: decoding here spares the detour over the library's image objects.
             table = table.cast_column(column, datasets.Image(decode=False))
+        # Offsets that lead outside the file would end the process; the bytes they lead to are not read here.
+        table.data.table.validate(full=True)
     except Exception as error:  # arrow and json raise their own families on damaged files
         raise DataError(f"{root / name}: the split cannot be read ({error}). {_remedy(root)}") from error
+    if len(table) != length:
+        raise DataError(f"{root / name}: holds {len(table)} slices, expected {length}. {_remedy(root)}")
     return table
 
 

@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import logging
 import math
-import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sdseg_cli.core.data.geometry import VolumeGeometry, geometry_from_lps
+from sdseg_cli.core.data.itk_headers import MAX_BYTES, ItkHeader, read_header
 from sdseg_cli.core.errors import DataError
 
 FileFormat = Literal["nifti", "nrrd", "metaimage", "dicom"]
@@ -38,7 +38,6 @@ MAX_VOXELS = 2**31
 """Volumes with more voxels are refused by their header: two thousand slices of 1024 x 1024 are allowed."""
 
 _DEFLATE_MOST = 1040  # no deflate stream unpacks to more than 1032 times its size
-_HEADER_BYTES = 65536
 _CHUNK = 1 << 20
 _FORMS_TOLERANCE_MM = 1e-2
 
@@ -224,11 +223,12 @@ def _read_itk(path: Path, suffix: str) -> RawVolume:
     import SimpleITK as sitk  # noqa: N813  (the name everybody gives it)
 
     with path.open("rb") as file:
-        start = file.read(_HEADER_BYTES)
+        start = file.read(MAX_BYTES)
     magic = start.startswith(b"NRRD") if SUFFIX_FORMATS[suffix] == "nrrd" else b"NDims" in start
     if not magic:
         packed = "gzip" if start.startswith(b"\x1f\x8b") else "something else"
         raise DataError(f"{path}: the name says {suffix}, but the content is {packed}. Rename or unpack it.")
+    header = read_header(path, start)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("NrrdImageIO" if SUFFIX_FORMATS[suffix] == "nrrd" else "MetaImageIO")
@@ -240,7 +240,7 @@ def _read_itk(path: Path, suffix: str) -> RawVolume:
         )
     shape = flat_shape(path, tuple(reader.GetSize()))
     size = _pixel_bytes(reader.GetPixelID())
-    _check_itk_file(path, start, math.prod(shape) * size)
+    _check_itk_file(path, header, math.prod(shape) * size)
     image = reader.Execute()
     geometry = itk_geometry(path, image, shape)
     return RawVolume(itk_voxels(image).reshape(shape, order="F"), geometry, ())
@@ -285,37 +285,13 @@ def _pixel_bytes(pixel_id: int) -> int:
     return sitk.Image([1, 1], pixel_id).GetSizeOfPixelComponent()
 
 
-def _check_itk_file(path: Path, start: bytes, claimed: int) -> None:
+def _check_itk_file(path: Path, header: ItkHeader, claimed: int) -> None:
     """Compare what the header claims with the file, and look at the checksum of compressed voxels."""
-    if start.startswith(b"NRRD"):
-        header, _, _ = start.replace(b"\r\n", b"\n").partition(b"\n\n")
-        offset = start.find(b"\r\n\r\n") + 4 if b"\r\n\r\n" in start[: len(header) + 999] else len(header) + 2
-        encoding = _field(header, rb"encoding: *(\S+)") or "raw"
-        detached = _field(header, rb"data ?file: *(.+)")
-    else:
-        match = re.search(rb"ElementDataFile *= *[^\n]*\n", start)
-        offset = match.end() if match else len(start)
-        header = start[:offset]
-        encoding = "gzip" if _field(header, rb"CompressedData *= *(\w+)") in ("True", "true", "1") else "raw"
-        detached = _field(header, rb"ElementDataFile *= *(.+)")
-        detached = None if detached in ("LOCAL", "Local", "local") else detached
-    data = path
-    if detached is not None:
-        if re.match(r"LIST|.*%", detached):  # voxels spread over several files; the reader counts them
-            return
-        data, offset = path.parent / detached, 0
-        if not data.is_file():
-            raise DataError(f"{path}: its voxels are in {detached}, which is not there. Fetch both files.")
-    packed = encoding in ("gzip", "gz")
-    if packed or encoding == "raw":
-        _refuse_claims(path, claimed, data.stat().st_size - offset, packed=packed)
+    packed = header.packing == "gzip"
+    if packed or header.packing == "raw":
+        _refuse_claims(path, claimed, header.data.stat().st_size - header.offset, packed=packed)
     if packed:
-        _check_deflated(path, data, offset, claimed)
-
-
-def _field(header: bytes, pattern: bytes) -> str | None:
-    match = re.search(rb"^" + pattern, header, re.MULTILINE | re.IGNORECASE)
-    return match.group(1).decode("utf-8", "replace").strip() if match else None
+        _check_deflated(path, header.data, header.offset, claimed)
 
 
 def _check_deflated(path: Path, data: Path, offset: int, claimed: int) -> None:

@@ -30,6 +30,7 @@ from sdseg_cli.core.data.images import (
 )
 from sdseg_cli.core.engine.prediction_plan import (
     PredictionTask,
+    Shard,
     plan_predictions,
     prepare_folder,
     probability_files,
@@ -51,6 +52,7 @@ __all__ = [
     "SUMMARY_FILE",
     "CasePrediction",
     "PredictionTask",
+    "Shard",
     "plan_predictions",
     "predict_files",
     "prepare_folder",
@@ -58,6 +60,7 @@ __all__ = [
     "refuse_existing",
     "remove_outputs",
     "split_existing",
+    "summary_lock",
     "summary_rows",
     "write_summary",
 ]
@@ -494,6 +497,15 @@ def write_summary(
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue().encode())
+
+
+@contextlib.contextmanager
+def summary_lock(out: Path) -> Iterator[None]:
+    """Hold the summary of a folder that several calls write to; it ends with the process, however it ends."""
+    from filelock import FileLock
+
+    with FileLock(out / f".{SUMMARY_FILE}.lock"):
+        yield
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:

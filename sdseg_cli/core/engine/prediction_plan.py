@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +152,31 @@ def plan_predictions(
         )
     _refuse_collisions(tasks)
     return tasks
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of the cases that one of several workers takes: ``number`` (from 1) of ``count``."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``I/N``.
+
+        Raises:
+            UsageError: it is none, or I is not from 1 to N.
+        """
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise UsageError(f"--shard {text!r}: expected I/N with I from 1 to N, such as 2/4.")
+        return cls(number, count)
+
+    def of(self, tasks: Sequence[PredictionTask]) -> list[PredictionTask]:
+        """Every N-th task from the I-th on: with the same inputs, each task is in exactly one shard."""
+        return list(tasks[self.number - 1 :: self.count])
 
 
 def split_existing(tasks: Sequence[PredictionTask]) -> tuple[list[PredictionTask], list[PredictionTask]]:
