@@ -1,9 +1,11 @@
 """The run directory: what it writes, refuses, remembers and finds again."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,26 @@ def test_a_file_in_the_place_of_the_run_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UsageError, match="is a file, expected a folder"):
         RunDirectory.create(tmp_path / "run", RECIPE)
+
+
+@pytest.mark.faults(22)
+def test_a_folder_that_is_there_is_taken_though_the_one_above_it_is_not_writable(tmp_path, monkeypatch):
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    make = tempfile.TemporaryFile
+
+    def elsewhere(*, dir, **options):  # noqa: A002
+        if dir != mount:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return make(dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", elsewhere)
+    assert RunDirectory.create(mount, RECIPE).root == mount
+    with pytest.raises(
+        UsageError, match=rf"{tmp_path / 'new'} cannot be written: {tmp_path}: Permission denied"
+    ):
+        RunDirectory.create(tmp_path / "new", RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["mount"]
 
 
 @pytest.mark.faults

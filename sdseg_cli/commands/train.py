@@ -118,7 +118,7 @@ def train(
     if resume is None:
         if console.is_main_process():
             if out is None:
-                refuse_unwritable(RUNS_ROOT / chosen.name)
+                refuse_unwritable(RUNS_ROOT / chosen.name, RUNS_ROOT)
             else:
                 refuse_taken(out, overwrite=overwrite)
         training = _prepared(chosen, device)

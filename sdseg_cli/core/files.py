@@ -97,7 +97,7 @@ def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
         overwrite: whether an existing folder of ours may be replaced.
         ours: a file whose presence shows that an existing folder was written by sdseg.
     """
-    refuse_unwritable(path)
+    refuse_unwritable(path, path.parent)
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
@@ -115,12 +115,14 @@ def refuse_existing(path: Path, *, overwrite: bool, ours: str) -> None:
         )
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Raise a UsageError where ``path`` could not be made; nothing is left behind.
+def refuse_unwritable(path: Path, folder: Path) -> None:
+    """Raise a UsageError where ``path`` cannot be written; to be asked before the work, which may take hours.
 
-    The work that fills it may take hours: this is to be asked before.
+    Args:
+        path: what is to be written, for the message.
+        folder: where files are made for it; if it is not there yet, the nearest one above it counts.
     """
-    nearest = path.parent
+    nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     try:

@@ -404,9 +404,9 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
         UsageError: says whose it is and what to do.
     """
     run = RunDirectory(path)
-    refuse_unwritable(path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, expected a folder for the run. Choose another --out.")
+    refuse_unwritable(path, path)
     if path.is_dir() and any(path.iterdir()):
         if not run.run_file.is_file():
             raise UsageError(

@@ -543,3 +543,17 @@ def test_what_fails_after_decoding_is_a_failure_of_that_file_too(tmp_path, monke
     monkeypatch.setattr(Image.Image, "convert", fails)
     with pytest.raises(DataError, match=rf"a\.png: {message}"):
         read_image(file)
+
+
+@pytest.mark.faults(6)
+def test_numbers_with_and_without_a_sign_are_not_mistaken_for_each_other(tmp_path):
+    import tifffile
+
+    for dtype, values in ((np.uint32, [0, 10**9, 4 * 10**9]), (np.int32, [-(10**9), -5 * 10**8, 10**9])):
+        tifffile.imwrite(tmp_path / "a.tif", np.array([values], dtype))
+        loaded = read_image(tmp_path / "a.tif")
+        assert loaded.pixels[0, :, 0].tolist() == [0, 64, 255]
+        assert loaded.notes == (f"32-bit scaled from [{values[0]:g}, {values[2]:g}]",)
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[-100, 0, 100]], np.int8))
+    with pytest.raises(DataError, match=r"a\.tif: a TIFF of signed 8-bit numbers cannot be read"):
+        read_image(tmp_path / "a.tif")

@@ -83,8 +83,8 @@ class BrightIsForeground:
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch) -> Path:
-    """A folder that ``--model`` takes; ``model_of`` tells which predictor stands for it."""
+def model(tmp_path) -> Path:
+    """A folder that ``--model`` takes."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
@@ -93,7 +93,7 @@ def model(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def predictor(monkeypatch) -> BrightIsForeground:
-    """What every model of the command is."""
+    """What every model of this test is."""
     bright = BrightIsForeground()
     monkeypatch.setattr("sdseg_cli.core.engine.inference.load_predictor", lambda *_, **__: bright)
     return bright

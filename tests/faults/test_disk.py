@@ -164,3 +164,13 @@ def test_a_disk_that_fills_up_with_masks_of_volumes_holds_whole_ones_only(
     for name in done:
         assert (kept / name).read_bytes() == (tmp_path / "roomy" / name).read_bytes()
     assert listed(kept, process.log(), {name.replace(suffix, "nii.gz") for name in done})
+
+
+@pytest.mark.faults(18)
+def test_a_disk_that_fills_up_while_a_dataset_is_prepared_holds_nothing_of_it(on_small_disk, tmp_path):
+    options = ("--cases", 40, "--size", 64, "--workers", 1, "--out", tmp_path / "disk" / "data")
+    process = on_small_disk(200, "prepare", "phantom", *options)
+    assert process.exitcode == 1, process.log()
+    assert "the disk is full" in process.log()
+    assert "Free some space or choose another --out, then run the command again." in process.log()
+    assert list((tmp_path / "kept").iterdir()) == []

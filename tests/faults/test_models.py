@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdseg_cli.core.files import sha256_of
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -127,6 +128,29 @@ def test_a_model_whose_weights_are_damaged_is_refused_by_the_name_of_the_file(
     ended = sdseg("predict", pictures, "--model", broken_model, "--out", tmp_path / "out", "--device", "cpu")
     assert ended.code == 1
     assert ended.says(f"{broken_model / component}")
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.faults(16)
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_a_model_with_one_bit_altered_is_refused_by_the_checksum_of_its_file(
+    name, sdseg, tmp_path, pictures, broken_model
+):
+    """It would load: safetensors has no checksum of its own, and the manifest beside it has."""
+    files = [path for path in broken_model.rglob("*") if path.is_file()]
+    sums = {path.relative_to(broken_model).as_posix(): sha256_of(path) for path in files}
+    (broken_model / "manifest.json").write_text(json.dumps({"files": sums}))
+    options = ("predict", pictures, "--model", broken_model, "--out", tmp_path / "out", "--device", "cpu")
+    assert sdseg(*options).code == 0
+    shutil.rmtree(tmp_path / "out")
+    altered = bytearray((broken_model / name).read_bytes())
+    altered[-2] ^= 1
+    (broken_model / name).write_bytes(altered)
+    ended = sdseg(*options)
+    assert ended.code == 1
+    assert ended.says(
+        f"{broken_model / name} is altered: SHA-256", "Restore the file, or copy the whole folder"
+    )
     assert not list((tmp_path / "out").glob("*.png"))
 
 
@@ -301,6 +325,23 @@ def test_a_place_for_runs_that_cannot_be_written_is_told_before_the_networks_are
     ended = sdseg("train", "--recipe", recipe, "--device", "cpu")
     assert ended.code == 2
     assert ended.says("runs/tiny cannot be written", "Choose another --out")
+
+
+@pytest.mark.faults(22)
+@pytest.mark.parametrize("command", ["prepare", "convert", "export", "autoencoder"])
+def test_an_output_that_cannot_be_written_is_told_before_the_work_begins(
+    command, sdseg, polyps, tiny_model, tmp_path
+):
+    (tmp_path / "file").write_text("in the way")
+    arguments = {
+        "prepare": ("prepare", "phantom", "--cases", 4, "--size", 32),
+        "convert": ("convert", tiny_model / "model"),
+        "export": ("export", tiny_model),
+        "autoencoder": ("autoencoder", "--data", polyps),
+    }[command]
+    ended = sdseg(*arguments, "--out", tmp_path / "file" / "out")
+    assert ended.code == 2
+    assert ended.says("cannot be written", "Not a directory", "Choose another --out")
 
 
 @pytest.mark.faults(22)

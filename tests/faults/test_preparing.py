@@ -97,6 +97,31 @@ def test_labels_of_pictures_that_do_not_fit_are_all_listed(prepare, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.faults(23)
+def test_odd_names_are_the_cases_of_the_dataset(prepare, tmp_path):
+    from sdseg_cli.core.data.prepared import PreparedDataset
+
+    names = [
+        " blanks in front and behind ",
+        "naïve – 内視鏡 🩺",
+        "x" * 251,
+        "quote's & <b>",
+        "dots.in.it",
+        "a",
+    ]
+    mask = np.zeros((20, 30), np.uint8)
+    for index, name in enumerate(names):
+        mask[5:12, 5 : 15 + index] = 1
+        Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / f"images/{name}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{name}.png")
+    ended = prepare("--fractions", "1,0,0")
+    assert ended.code == 0, ended.err
+    items = {item.case_id: item.label_map for item in PreparedDataset.open(tmp_path / "out").split("train")}
+    assert {name: int(items[name].sum()) for name in names} == {
+        name: 7 * (10 + index) for index, name in enumerate(names)
+    }
+
+
 # ---- archives
 
 

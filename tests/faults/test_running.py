@@ -156,3 +156,23 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(hardship, wait_fo
     process.join(30)
     assert process.exitcode == 130, process.log()
     assert "Traceback" not in process.log()
+
+
+@pytest.mark.faults(28)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_dataset_is_prepared_leaves_nothing(
+    number, code, workers, hardship, wait_for, tmp_path
+):
+    place = tmp_path / "place"
+    place.mkdir()
+    process = hardship(
+        *("prepare", "phantom", "--cases", 5000, "--size", 64, "--workers", workers, "--out", place / "out")
+    )
+    wait_for(lambda: any(place.iterdir()), process)
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    process.join(30)
+    assert process.exitcode == code, process.log()
+    assert "Traceback" not in process.log()
+    assert list(place.iterdir()) == []

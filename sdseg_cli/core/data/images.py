@@ -42,6 +42,8 @@ _FORMATS: dict[str, frozenset[str]] = {
 }
 _ORIENTATION_TAG = 274
 _PHOTOMETRIC_TAG = 262
+_BITS_TAG = 258
+_SAMPLE_FORMAT_TAG = 339
 # A binary mask with more pixels and values than these in the middle half of its range is none: blurred edges
 # and the noise of JPEG stay far below.
 _PICTURE_SHARE = 0.25
@@ -340,6 +342,7 @@ def _decode(path: Path) -> _Stored:
             file.seek(0)
             raster = Image.open(file)
         _refuse_planes_of_16_bit(path, raster)
+        is_unsigned = _is_unsigned(path, raster)
         # Pillow turns negatives of 8 bits round, and leaves wider ones as they are.
         is_negative = getattr(raster, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
         notes = _pages(path, raster)
@@ -360,6 +363,7 @@ def _decode(path: Path) -> _Stored:
             wide = None if wide is None else make_upright(wide, remaining)
         if _is_wide(raster.mode):
             wide = np.asarray(raster)
+            wide = wide.view(np.uint32) if is_unsigned and raster.mode == "I" else wide
             bits = {"F": "float"}.get(raster.mode, "16-bit" if "16" in raster.mode else "32-bit")
     if orientation != 1:
         notes.append(f"EXIF orientation {orientation} applied")
@@ -386,12 +390,23 @@ def _pages(path: Path, raster: Image.Image) -> list[str]:
 def _refuse_planes_of_16_bit(path: Path, raster: Image.Image) -> None:
     """Pillow reads 16-bit colour TIFFs whose channels lie one after another as noise, without a word."""
     tags = getattr(raster, "tag_v2", {})
-    bits, planar = tags.get(258, (8,)), tags.get(284, 1)
+    bits, planar = tags.get(_BITS_TAG, (8,)), tags.get(284, 1)
     if planar == 2 and len(raster.getbands()) > 1 and max(bits) > 8:
         raise DataError(
             f"{path}: a TIFF of {max(bits)}-bit channels in separate planes cannot be read. Save it with "
             "interleaved channels, or as PNG."
         )
+
+
+def _is_unsigned(path: Path, raster: Image.Image) -> bool:
+    """Whether its numbers have no sign. Pillow takes signed bytes for unsigned, and long ones for signed."""
+    tags = getattr(raster, "tag_v2", {})
+    bits, formats = tags.get(_BITS_TAG, (8,)), tags.get(_SAMPLE_FORMAT_TAG, (1,))
+    if 2 in formats and max(bits) == 8:
+        raise DataError(
+            f"{path}: a TIFF of signed 8-bit numbers cannot be read. Save it with 8 unsigned bits, or 16."
+        )
+    return set(formats) == {1}
 
 
 def _too_large(path: Path, found: str) -> DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.files import sha256_of
 from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.latents import Autoencoder, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -33,6 +35,7 @@ _PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches
 _ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
 _ADDED = ("class_embedding", "fusions", "attentions")  # of a U-Net, that a published start lacks
 _FILES = ["*.json", "*.safetensors"]  # of a model on the hub: no code and no pickles
+_MANIFEST = "manifest.json"  # {"files": {name: SHA-256}}, as beside checkpoints
 _NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -402,6 +405,7 @@ def load_pipeline(location: str) -> SDSegPipeline:
     try:
         # The pipeline's own download takes sdseg's classes for code that the repository should hold.
         folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=_FILES)
+        _refuse_altered(Path(folder))
         pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
         for name, component in pipeline.components.items():
             referred = name == "autoencoder" and pipeline.config.get("autoencoder_reference")
@@ -422,6 +426,27 @@ def load_pipeline(location: str) -> SDSegPipeline:
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _refuse_altered(folder: Path) -> None:
+    """Compare weights and configurations with the folder's manifest, if there is one.
+
+    safetensors has no checksum of its own: with a flipped bit it loads, as another model.
+    """
+    manifest = folder / _MANIFEST
+    if not manifest.is_file():
+        return
+    listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    for name, expected in listed.items():
+        file = folder / name
+        if file.suffix not in (".safetensors", ".json") or not file.is_file():
+            continue  # what is missing is named by whoever needs it
+        found = sha256_of(file)
+        if found != expected:
+            raise ModelError(
+                f"{file} is altered: SHA-256 {found[:12]}, expected {str(expected)[:12]} by {manifest}. "
+                "Restore the file, or copy the whole folder again."
+            )
 
 
 def _hub_remedy(location: str, error: BaseException) -> str:
