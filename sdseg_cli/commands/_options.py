@@ -135,7 +135,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        metavar="RUN|FOLDER|HUB_ID",
+        metavar="MODEL",
         help="Run directory, model folder or hub id. Default: the newest finished run.",
         show_default=False,
         autocompletion=complete_run,
@@ -188,8 +188,9 @@ FlipsOption = Annotated[
     str | None,
     typer.Option(
         "--flips",
-        metavar="horizontal,vertical",
-        help="Also predict mirrored images and average: one or both, or 'none'. Default: the recipe's.",
+        metavar="WORDS",
+        help="Also predict mirrored images and average: horizontal, vertical, both by comma, or none. "
+        "Default: the recipe's.",
         show_default=False,
     ),
 ]

@@ -71,7 +71,7 @@ def evaluate(
             "--model",
             "--run",
             "-m",
-            metavar="RUN|FOLDER|HUB_ID",
+            metavar="MODEL",
             help="Run directory, model folder or hub id. Default: the newest finished run.",
             show_default=False,
             autocompletion=complete_run,
@@ -145,11 +145,11 @@ def evaluate(
 
     sdseg evaluate  # newest run, its test split
 
-    sdseg evaluate --run runs/kseg-fast --split validation --convention sdseg --grid model
+    sdseg evaluate --run runs/kseg-fast --convention sdseg --grid model
 
     sdseg evaluate --predictions masks/ --ground-truth truth/ --out scores/
 
-    sdseg evaluate --predictions masks/ --ground-truth truth/ --classes liver,kidney --json
+    sdseg evaluate --predictions masks/ --ground-truth truth/ --classes liver,kidney
     """
     tolerance = NSD_TOLERANCE if nsd_tolerance is None else nsd_tolerance
     if predictions is None and ground_truth is None:

@@ -109,7 +109,7 @@ def test_scores_go_into_the_run_and_are_not_replaced_unasked(place, capsys):
     assert list(target.parent.iterdir()) == [target]  # nothing temporary is left
 
 
-def test_several_draws_predict_the_dice_and_the_page_shows_calibration_and_doubt(place, tmp_path, capsys):
+def test_several_draws_agree_more_or_less_and_the_page_shows_calibration_and_doubt(place, tmp_path, capsys):
     out = tmp_path / "scores"
     options = (
         "--threshold",
@@ -124,13 +124,15 @@ def test_several_draws_predict_the_dice_and_the_page_shows_calibration_and_doubt
     )
     assert sdseg("evaluate", "--split", "train", "--out", out, "--overlays", 1, *options) == 0
     assert "report.html" in capsys.readouterr().err
-    predicted = [float(row["predicted_dice"]) for row in rows(out / "cases.csv") if row["predicted_dice"]]
-    assert predicted
-    assert all(0 <= value <= 1 for value in predicted)
+    agreement = [float(row["draw_agreement"]) for row in rows(out / "cases.csv") if row["draw_agreement"]]
+    assert agreement
+    assert all(0 <= value <= 1 for value in agreement)
     assert summary(out)["sampling"]["flips"] == ["horizontal"]
     html = (out / "report.html").read_text(encoding="utf-8")
     for words in (
         "Are the probabilities honest?",
+        "Agreement of draws",
+        "the Dice with the truth on average",
         "The most doubtful first",
         "uncertainty",
         "flips horizontal",

@@ -197,7 +197,7 @@ def test_the_report_begins_with_the_image_whose_draws_agree_least(scans, tmp_pat
     monkeypatch.setattr(BrightIsForeground, "__call__", drawing)
     out = tmp_path / "masks"
     predict(scans=[scans], out=out, model=model, samples=2, report=True)
-    assert [float(row["predicted_dice"]) for row in rows(out)] == [0.8, 0.2, 0.5]
+    assert [float(row["draw_agreement"]) for row in rows(out)] == [0.8, 0.2, 0.5]
     html = (out / "report.html").read_text(encoding="utf-8")
     table = html[html.index('id="cases"') :]
     assert table.index("0.200") < table.index("0.500") < table.index("0.800")

@@ -209,6 +209,18 @@ def test_a_slice_with_cut_pixels_is_refused_by_name(tmp_path: Path) -> None:
         read_series(only(tmp_path))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["ImagesInAcquisition", "NumberOfSlices"])
+def test_slices_that_are_missing_at_an_end_are_told_where_the_header_counts_them(
+    tmp_path: Path, name: str
+) -> None:
+    paths = write_series(tmp_path, **{name: SLICES})
+    assert not [note for note in read_series(only(tmp_path)).notes if "missing" in note]
+    paths[-1].unlink()
+    (note,) = [note for note in read_series(only(tmp_path)).notes if "missing" in note]
+    assert note == f"warning: the first or last slices may be missing [{name} is 5, 4 are here]"
+
+
 def test_a_single_slice_works(tmp_path: Path) -> None:
     write_series(tmp_path, count=1, SliceThickness=4.0)
     volume = read_series(only(tmp_path))

@@ -335,8 +335,8 @@ def test_draws_of_all_slices_together_predict_the_dice_of_the_case():
     slices = [slice_of("a", SQUARE, 0), slice_of("a", SQUARE, 1)]
     model = Drawing({("a", 0): SQUARE, ("a", 1): SQUARE})
     (record,) = evaluate_split(model, Split(slices), BINARY)
-    assert record.predicted_dice == pytest.approx(0.5)
-    assert case_rows([record])[0]["predicted_dice"] == record.predicted_dice
+    assert record.draw_agreement == pytest.approx(0.5)
+    assert case_rows([record])[0]["draw_agreement"] == record.draw_agreement
     assert record.picture.uncertainty.tolist() == [[255] * 4] * 4
     counts = record.reliability[0]
     assert counts[:, 0].tolist() == [24, 0, 0, 0, 0, 0, 0, 0, 0, 8]  # the fake is sure, and right

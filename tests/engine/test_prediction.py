@@ -573,7 +573,7 @@ def test_the_summary_lists_every_case_in_the_order_of_the_files(scans, out):
     assert [row["status"] for row in rows] == ["failed", "done", "done"]
     assert list(rows[1]) == [
         "case", "file", "width", "height", "slices", "polyp_px", "polyp_fraction", "polyp_ml",
-        "polyp_components", "mean_uncertainty", "predicted_dice", "status", "seconds", "notes", "error",
+        "polyp_components", "mean_uncertainty", "draw_agreement", "status", "seconds", "notes", "error",
     ]  # fmt: skip
     assert (rows[1]["polyp_px"], rows[1]["polyp_fraction"]) == ("480", "0.500000")
     assert rows[1]["mean_uncertainty"] == "0.250000"

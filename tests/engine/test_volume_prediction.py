@@ -237,11 +237,11 @@ def test_a_written_mask_keeps_the_geometry_of_another_writer(tmp_path):
     assert image.GetSpacing() == pytest.approx(geometry.spacing_mm, abs=1e-9)
 
 
-def test_the_draws_of_all_slices_make_the_predicted_dice_of_the_volume(tmp_path):
+def test_the_draws_of_all_slices_make_the_draw_agreement_of_the_volume(tmp_path):
     save(tmp_path / "a.nii.gz")
     tasks = plan_predictions([tmp_path], tmp_path / "out")
     (record,) = predict_files(tasks, BrightIsForeground())
-    assert record.predicted_dice == pytest.approx(0.5)
+    assert record.draw_agreement == pytest.approx(0.5)
 
 
 def test_the_largest_component_of_a_volume_is_one_of_its_parts_not_one_of_each_slice(tmp_path):
@@ -260,7 +260,7 @@ def test_the_largest_component_of_a_volume_is_one_of_its_parts_not_one_of_each_s
 def test_a_model_of_three_channels_refuses_volumes(tmp_path):
     save(tmp_path / "a.nii.gz")
     tasks = plan_predictions([tmp_path], tmp_path / "out")
-    with pytest.raises(ModelError, match="trained on three channels a voxel"):
+    with pytest.raises(ModelError, match="trained on the channels 0, 2, 3 of every case"):
         list(predict_files(tasks, BrightIsForeground(channels=[0, 2, 3])))
     (record,) = predict_files(tasks, BrightIsForeground(channels=[1]))
     assert record.status == "done"

@@ -11,9 +11,9 @@ from sdseg_cli.core.metrics.overlap import (
     count_overlap,
     dice,
     dice_agreement,
+    draw_agreement,
     iou,
     precision,
-    predicted_dice,
     recall,
     sum_counts,
 )
@@ -144,18 +144,18 @@ def test_an_unknown_convention_is_refused():
         dice(Counts(1, 1, 1), "offical")
 
 
-def test_the_predicted_dice_is_the_mean_agreement_of_all_pairs_worked_by_hand():
+def test_the_draw_agreement_is_the_mean_agreement_of_all_pairs_worked_by_hand():
     # Areas 4, 4 and 2; the first two share 2 pixels, the others 1 and 0.
     one = np.array([[[4, 2, 1], [2, 4, 0], [1, 0, 2]]])
     expected = (4 / 8 + 2 / 6 + 0) / 3
-    assert predicted_dice(one) == pytest.approx(expected)
+    assert draw_agreement(one) == pytest.approx(expected)
     absent = np.zeros((1, 3, 3), int)
-    assert predicted_dice(np.concatenate([one, absent])) == pytest.approx(expected)  # nobody sees that class
+    assert draw_agreement(np.concatenate([one, absent])) == pytest.approx(expected)  # nobody sees that class
 
 
 def test_two_empty_draws_agree_and_without_any_or_with_one_draw_nothing_is_predicted():
     one_of_three = np.zeros((1, 3, 3), int)
     one_of_three[0, 0, 0] = 5  # only the first draw holds anything
-    assert predicted_dice(one_of_three) == pytest.approx(1 / 3)
-    assert math.isnan(predicted_dice(np.zeros((2, 3, 3), int)))
-    assert math.isnan(predicted_dice(np.array([[[7]]])))
+    assert draw_agreement(one_of_three) == pytest.approx(1 / 3)
+    assert math.isnan(draw_agreement(np.zeros((2, 3, 3), int)))
+    assert math.isnan(draw_agreement(np.array([[[7]]])))

@@ -26,6 +26,7 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 _TAGS = ("SeriesInstanceUID", "SeriesDescription", "SOPClassUID", "SOPInstanceUID", "Modality", "Rows")
 _NO_IMAGES = frozenset({"SEG", "SR", "RTSTRUCT", "RTPLAN", "RTDOSE", "PR", "KO", "REG", "DOC"})
 _DIRECTION_TOLERANCE = 1e-3  # of the six direction cosines
+_COUNTS = ("NumberOfSlices", "ImagesInAcquisition")  # where a header states how many slices there are
 _IRREGULAR = 0.1  # of the spacing: slices further from a regular grid are refused
 _NOTED = 0.01
 
@@ -124,6 +125,7 @@ def read_series(series: DicomSeries, *, nan_fill: float | None = None) -> Volume
     with _usable_headers(series):
         _refuse_odd_pixels(series, slices)
         geometry, order = _series_geometry(series, slices, notes)
+        _note_absent_ends(slices, notes)
     voxels = np.empty(geometry.shape, np.float32, order="F")
     for k, index in enumerate(order):
         voxels[:, :, k] = _pixels(series.files[index], slices[index]).T
@@ -301,6 +303,19 @@ def _refuse_gaps(where: str, heights: np.ndarray, notes: list[str]) -> None:
         )
     if off > _NOTED * spacing:
         notes.append(f"slices lie up to {off:.3f} mm off a regular grid of {spacing:.3f} mm")
+
+
+def _note_absent_ends(slices: Sequence[Any], notes: list[str]) -> None:
+    """Note where a header counts more slices than there are: at the ends a missing one leaves no gap.
+
+    An acquisition may have given several series, so that this is no proof and nothing to refuse.
+    """
+    for name in _COUNTS:
+        stated = max(int(header.get(name) or 0) for header in slices)
+        if stated > len(slices):
+            found = f"{name} is {stated}, {len(slices)} are here"
+            notes.append(f"warning: the first or last slices may be missing [{found}]")
+            return
 
 
 def _refuse_bent(where: str, positions: np.ndarray, step: np.ndarray) -> None:

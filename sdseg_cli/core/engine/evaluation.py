@@ -25,9 +25,9 @@ from sdseg_cli.core.metrics.overlap import (
     Counts,
     count_classes,
     dice,
+    draw_agreement,
     iou,
     precision,
-    predicted_dice,
     recall,
     sum_counts,
 )
@@ -107,7 +107,7 @@ class ClassScores:
 class CaseScores:
     """The scores of one case: all its slices together, one entry per foreground class.
 
-    ``predicted_dice`` is how far the draws of the prediction agree, NaN with one draw; ``reliability`` counts
+    ``draw_agreement`` is how far the draws of the prediction agree, NaN with one draw; ``reliability`` counts
     probability against truth, float64 (classes, bins, 3), where there are probabilities. ``picture`` shows
     the worst slice, ``stack`` up to MOST_VIEWS slices in order, that one among them.
     """
@@ -118,7 +118,7 @@ class CaseScores:
     unit: str  # of the distances: "mm" or "px"
     classes: tuple[ClassScores, ...]
     picture: CasePicture | None = None
-    predicted_dice: float = math.nan
+    draw_agreement: float = math.nan
     reliability: np.ndarray | None = None
     stack: tuple[CasePicture, ...] = ()
 
@@ -415,7 +415,7 @@ def _score_case(
         unit,
         tuple(scores),
         worst.picture,
-        predicted_dice(np.sum(overlaps, axis=0)) if overlaps else math.nan,
+        draw_agreement(np.sum(overlaps, axis=0)) if overlaps else math.nan,
         np.sum(reliable, axis=0) if reliable else None,
         _stack([part.picture for part in parts], worst.picture),
     )
@@ -645,7 +645,7 @@ def case_rows(scores: Sequence[CaseScores]) -> list[dict[str, Any]]:
             "predicted_px": entry.counts.predicted,
             "agreed_px": entry.counts.true_positive,
             "outcome": entry.outcome,
-            "predicted_dice": record.predicted_dice,
+            "draw_agreement": record.draw_agreement,
         }
         for record in scores
         for entry in record.classes
@@ -663,7 +663,7 @@ CASE_COLUMNS: tuple[str, ...] = (
     "predicted_px",
     "agreed_px",
     "outcome",
-    "predicted_dice",
+    "draw_agreement",
 )
 
 

@@ -135,7 +135,7 @@ def evaluation_page(
     summary = summarise_cases(scores, classes)
     counts = [record.reliability for record in scores if record.reliability is not None]
     reliable = np.sum(counts, axis=0) if counts else None
-    has_draws = any(math.isfinite(record.predicted_dice) for record in scores)
+    has_draws = any(math.isfinite(record.draw_agreement) for record in scores)
     return Page(
         title="How good are the masks?",
         lead=title,
@@ -179,10 +179,10 @@ def _figures(
         ),
         Figure("Cases", str(summary.cases), f"{missed}; {len(failed)} could not be scored"),
     ]
-    predicted = [record.predicted_dice for record in scores if math.isfinite(record.predicted_dice)]
-    if predicted:
-        detail = f"how far the draws agree; off by {decimals(_prediction_error(scores))} on average"
-        figures.append(Figure("Predicted Dice", decimals(float(np.mean(predicted))), detail))
+    agreements = [record.draw_agreement for record in scores if math.isfinite(record.draw_agreement)]
+    if agreements:
+        detail = f"mean Dice between draws; {_excess_text(scores)}"
+        figures.append(Figure("Agreement of draws", decimals(float(np.mean(agreements))), detail))
     if reliable is not None:
         foreground = expected_calibration_error(reliable.sum(axis=0), least=0.5)
         figures.append(
@@ -196,11 +196,14 @@ def _figures(
     return tuple(figures)
 
 
-def _prediction_error(scores: Sequence[CaseScores]) -> float:
-    """Mean distance of predicted and true Dice over the cases that have both; NaN without any."""
-    errors = [abs(record.predicted_dice - record.dice) for record in scores]
-    known = [error for error in errors if math.isfinite(error)]
-    return float(np.mean(known)) if known else math.nan
+def _excess_text(scores: Sequence[CaseScores]) -> str:
+    """By how much agreement exceeds the Dice with the truth, over the cases that have both."""
+    differences = [record.draw_agreement - record.dice for record in scores]
+    known = [difference for difference in differences if math.isfinite(difference)]
+    if not known:
+        return "not comparable with the Dice, which no case has"
+    excess = float(np.mean(known))
+    return f"{decimals(abs(excess))} {'above' if excess >= 0 else 'below'} the Dice with the truth on average"
 
 
 def _interval(values: Summary) -> str:
@@ -253,8 +256,8 @@ def _first_view(record: CaseScores) -> int:
 
 def _score_text(record: CaseScores) -> str:
     text = f"Dice {decimals(record.dice)}"
-    if math.isfinite(record.predicted_dice):
-        text += f", predicted {decimals(record.predicted_dice)}"
+    if math.isfinite(record.draw_agreement):
+        text += f", draws agree {decimals(record.draw_agreement)}"
     return text
 
 
@@ -323,24 +326,24 @@ def _reliability_chart(classes: Sequence[str], reliable: np.ndarray) -> Chart:
 
 
 def _doubt_chart(scores: Sequence[CaseScores]) -> Chart | None:
-    known = [r for r in scores if math.isfinite(r.predicted_dice) and math.isfinite(r.dice)]
+    known = [r for r in scores if math.isfinite(r.draw_agreement) and math.isfinite(r.dice)]
     if len(known) < 4:
         return None
-    predicted, true = [r.predicted_dice for r in known], [r.dice for r in known]
+    agreement, true = [r.draw_agreement for r in known], [r.dice for r in known]
     shown = np.linspace(0, len(known) - 1, min(len(known), MOST_SCATTERED)).astype(int)
     drawing = line_chart(
-        [Series("cases", [predicted[i] for i in shown], [true[i] for i in shown], marks=True, line=False)],
-        x_label="predicted Dice (agreement of the draws)",
-        y_label="Dice",
+        [Series("cases", [agreement[i] for i in shown], [true[i] for i in shown], marks=True, line=False)],
+        x_label="agreement of the draws (mean Dice between them)",
+        y_label="Dice with the truth",
         y_range=(0.0, 1.0),
-        description="Dice of every case against the Dice that the agreement of its draws predicts",
+        description="Dice of every case against the agreement of its draws",
     )
-    rank = rank_correlation(predicted, true)
+    rank = rank_correlation(agreement, true)
     note = f" {MOST_SCATTERED} of {len(known)} cases are drawn." if len(known) > MOST_SCATTERED else ""
     return Chart(
         "Does it know when it is wrong?",
-        f"A dot is a case. Rank correlation (Spearman) {decimals(rank)}; the prediction is off by "
-        f"{decimals(_prediction_error(scores))} on average.{note}",
+        f"A dot is a case. Rank correlation (Spearman) {decimals(rank)}: 1 where the least agreed are the "
+        f"worst. Agreement is no estimate of the Dice: it is {_excess_text(scores)}.{note}",
         drawing,
     )
 
@@ -357,7 +360,7 @@ def _case_table(
     units = {record.unit for record in scores}
     unit = units.pop() if len(units) == 1 else ""  # where they differ, every row says its own
     columns = ["case", "Dice"]
-    columns += ["predicted Dice"] if by_doubt else []
+    columns += ["agreement of draws"] if by_doubt else []
     columns += classes[1:] if several else _metric_columns(unit)
     columns += [] if several or unit else ["unit"]
     columns += ["outcome"]
@@ -365,13 +368,13 @@ def _case_table(
     columns += ["group"] if with_group else []
 
     def key(record: CaseScores) -> float:
-        value = record.predicted_dice if by_doubt else record.dice
+        value = record.draw_agreement if by_doubt else record.dice
         return math.inf if math.isnan(value) else value
 
     rows = []
     for record in sorted(scores, key=key)[:MOST_ROWS]:
         row = [record.case_id, cell(record.dice, 3)]
-        row += [cell(record.predicted_dice, 3)] if by_doubt else []
+        row += [cell(record.draw_agreement, 3)] if by_doubt else []
         row += (
             [cell(entry.dice, 3) for entry in record.classes] if several else _metric_cells(record.classes[0])
         )

@@ -63,7 +63,7 @@ class SlicePrediction:
         uncertainty: float32, (H, W), standard deviation over the samples; NaN for a single one.
         samples: float32, (N, K, H, W), or None.
         overlaps: int64, (K - 1, N, N), pixels that the masks of two samples share; of all slices of a case
-            added up, :func:`~sdseg_cli.core.metrics.overlap.predicted_dice` makes the case's score of them.
+            added up, :func:`~sdseg_cli.core.metrics.overlap.draw_agreement` makes the case's score of them.
     """
 
     case_id: str

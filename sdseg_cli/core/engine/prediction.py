@@ -42,7 +42,7 @@ from sdseg_cli.core.engine.prediction_plan import (
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import write_whole
 from sdseg_cli.core.grid import Grid
-from sdseg_cli.core.metrics.overlap import predicted_dice
+from sdseg_cli.core.metrics.overlap import draw_agreement
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
@@ -80,7 +80,7 @@ class CasePrediction:
     ``width`` and ``height`` are those of the upright image or of a slice in pixels, ``slices`` is None for
     an image. ``areas_px`` are the pixels (voxels) of every foreground class, ``components`` its connected
     parts (touching corners connect), ``volumes_ml`` its millilitres in a volume. ``mean_uncertainty`` is
-    the mean of the standard deviation between samples and ``predicted_dice`` how far the masks of the
+    the mean of the standard deviation between samples and ``draw_agreement`` how far the masks of the
     samples agree (both None with one sample; the latter also where no sample found anything), ``seconds``
     the wall-clock time since the record before.
     """
@@ -95,7 +95,7 @@ class CasePrediction:
     components: Mapping[str, int] = field(default_factory=dict)
     volumes_ml: Mapping[str, float] = field(default_factory=dict)
     mean_uncertainty: float | None = None
-    predicted_dice: float | None = None
+    draw_agreement: float | None = None
     seconds: float = 0.0
     error: str = ""
     notes: tuple[str, ...] = ()
@@ -378,7 +378,7 @@ def _record(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]
         areas_px=areas,
         components=components,
         mean_uncertainty=float(prediction.uncertainty.mean()) if asked else None,
-        predicted_dice=agreement(prediction.overlaps),
+        draw_agreement=agreement(prediction.overlaps),
         notes=case.notes,
     )
 
@@ -404,8 +404,8 @@ def count_pixels(labels: np.ndarray, classes: Sequence[str]) -> tuple[dict[str, 
 
 
 def agreement(overlaps: np.ndarray | None) -> float | None:
-    """Predicted Dice of the draws' shared pixels (K - 1, N, N); None where there is none."""
-    value = math.nan if overlaps is None else predicted_dice(overlaps)
+    """Agreement of the draws by their shared pixels (K - 1, N, N); None where there is none."""
+    value = math.nan if overlaps is None else draw_agreement(overlaps)
     return None if math.isnan(value) else value
 
 
@@ -457,7 +457,7 @@ def _row(record: CasePrediction, classes: Sequence[str]) -> dict[str, str]:
         row[f"{name}_components"] = _text(record.components.get(name))
     uncertainty = record.mean_uncertainty
     row["mean_uncertainty"] = "" if uncertainty is None else f"{uncertainty:.6f}"
-    row["predicted_dice"] = "" if record.predicted_dice is None else f"{record.predicted_dice:.6f}"
+    row["draw_agreement"] = "" if record.draw_agreement is None else f"{record.draw_agreement:.6f}"
     row["status"] = record.status
     row["seconds"] = f"{record.seconds:.3f}"
     row["notes"] = "; ".join(record.notes)

@@ -67,7 +67,7 @@ def prediction_page(
     """
     there = [row for row in rows if row["status"] != "failed"]
     failed = len(rows) - len(there)
-    doubts = {row["file"]: _number(row.get("predicted_dice", "")) for row in there}
+    doubts = {row["file"]: _number(row.get("draw_agreement", "")) for row in there}
     has_draws = any(math.isfinite(value) for value in doubts.values())
     shown = _shown_cases(tasks, doubts, len(classes), volumes, by_doubt=has_draws)
     return Page(
@@ -226,14 +226,14 @@ def _case_table(rows: Sequence[Mapping[str, str]], classes: Sequence[str], *, by
     columns += [*(label for _, label, _, _ in measures), "size (px)", "status", "notes"]
 
     def doubt(row: Mapping[str, str]) -> float:
-        value = _number(row.get("predicted_dice", ""))
+        value = _number(row.get("draw_agreement", ""))
         return math.inf if math.isnan(value) else value
 
     table = []
     for row in sorted(rows, key=doubt)[:MOST_ROWS]:
         cells = [row["case"]]
         if by_doubt:
-            cells += [_shown(row.get("predicted_dice", ""), 3), _shown(row.get("mean_uncertainty", ""), 4)]
+            cells += [_shown(row.get("draw_agreement", ""), 3), _shown(row.get("mean_uncertainty", ""), 4)]
         cells += [_shown(row.get(key, ""), digits, factor=factor) for key, _, digits, factor in measures]
         sides = [row[side] for side in ("width", "height", "slices") if row[side]]
         cells += [" × ".join(sides) or "–", row["status"]]

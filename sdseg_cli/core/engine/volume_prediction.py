@@ -62,9 +62,10 @@ class VolumeSettings:
         stated = trained_with(predictor)
         if len(set(stated.get("channels") or ())) > 1:
             raise ModelError(
-                "the model was trained on three channels a voxel, and predict takes one volume a case: it "
-                "cannot be used on volumes here. Train one on a single channel: sdseg prepare nnunet DIR "
-                "--channels N."
+                f"the model was trained on the channels {', '.join(map(str, stated['channels']))} of every "
+                "case, and predict takes one volume a case: it cannot be used on volumes here. Train one on "
+                "a single channel (sdseg prepare nnunet DIR --channels N, then sdseg train), or use this one "
+                "on prepared data with sdseg evaluate --data DATASET."
             )
         window, axis = self.window, self.axis or stated.get("axis") or "axial"
         if window is None and stated.get("window") is not None:
@@ -290,7 +291,7 @@ class _Case:
             components=components,
             volumes_ml={name: count * voxel_ml for name, count in areas.items()},
             mean_uncertainty=None if self.uncertainty is None else float(self.uncertainty.mean()),
-            predicted_dice=agreement(self.overlaps),
+            draw_agreement=agreement(self.overlaps),
             notes=tuple(self.notes),
         )
 

@@ -168,10 +168,11 @@ def dice_agreement(first: np.ndarray, second: np.ndarray) -> float:
     return 2 * float(np.minimum(first, second).sum(dtype=np.float64)) / total
 
 
-def predicted_dice(overlaps: np.ndarray) -> float:
-    """Predict the Dice of a case from how far its draws agree: the mean Dice over all pairs of draws.
+def draw_agreement(overlaps: np.ndarray) -> float:
+    """Measure how far the draws of a case agree: the mean Dice over all pairs of draws.
 
-    Pairwise agreement of sampled segmentations as a proxy of quality follows Roy et al. (2019).
+    Pairwise agreement of sampled segmentations as a proxy of quality follows Roy et al. (2019). It ranks
+    cases by doubt; it is no estimate of the Dice with the truth, which it mostly exceeds.
 
     Args:
         overlaps: int, (K, N, N): for each of K foreground classes the pixels that draws i and j share, on the
