@@ -39,6 +39,7 @@ class DatasetManifest:
         sources: raw file -> SHA-256.
         fingerprint: SHA-256 over images, label maps, case ids, splits, classes and geometry.
         files: file of the prepared dataset -> size in bytes, to notice a torn copy.
+        checksums: the same files -> SHA-256, for ``sdseg verify``; absent from datasets of older versions.
         version: of this format.
     """
 
@@ -53,6 +54,7 @@ class DatasetManifest:
     sources: dict[str, str]
     fingerprint: str
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
     @property
@@ -77,10 +79,10 @@ class DatasetManifest:
         if record.get("version", 0) > FORMAT_VERSION:
             raise ValueError(f"format version {record['version']}, this sdseg reads up to {FORMAT_VERSION}")
         names = {entry.name for entry in fields(cls)}
-        missing = sorted(names - record.keys())
+        missing = sorted(names - record.keys() - {"checksums"})
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
-        known = {name: record[name] for name in names}
+        known = {name: record[name] for name in names & record.keys()}
         return cls(**{**known, "classes": tuple(known["classes"])})
 
 

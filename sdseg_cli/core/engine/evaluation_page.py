@@ -58,6 +58,7 @@ FACTS = {
     "processes": "Processes",
     "missing_scored_as_empty": "Missing, scored as empty",
     "convention": "Convention for empty masks",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }

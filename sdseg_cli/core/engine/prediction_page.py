@@ -35,6 +35,7 @@ SHOWN_SIDE = 480  # pixels; the longer side of a case before it is pictured
 BADGES = {"worst": "most doubtful", "middle": "middle", "best": "surest", "": ""}
 FACTS = {
     "model": "Model",
+    "model_sha256": "SHA-256 of the model",
     "model_of": "Trained until",
     "seed": "Seed of the noise",
     "num_inference_steps": "Reverse steps",
@@ -44,6 +45,7 @@ FACTS = {
     "largest_component": "Largest component only",
     "device": "Device",
     "classes": "Classes",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }

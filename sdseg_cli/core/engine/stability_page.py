@@ -49,6 +49,7 @@ FACTS = {
     "device": "Device",
     "processes": "Processes",
     "failed_images": "Could not be read",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }
