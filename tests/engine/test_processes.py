@@ -217,7 +217,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(launched, tiny_recipe, trained
     assert resumed.losses == pytest.approx(losses[4:], rel=1e-3)
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 @pytest.mark.parametrize(
     ("moment", "count", "resumed_from"),
     [("before a step", 6, 4), ("half of the optimizer saved", 2, 4), ("half of the optimizer saved", 1, 0)],
@@ -244,7 +244,7 @@ def test_a_run_of_two_processes_that_was_killed_equals_one_that_was_not(
     assert state_of(RunDirectory.open(root)) == state_of(RunDirectory.open(launched.folder / "runs" / "kl"))
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_batch_and_says_what_is_lost(
     first, second, launched, sdseg_group, tmp_path
@@ -268,7 +268,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batch_and_says_what_i
     assert f"processes {first} -> {second}" in sessions[1]["remark"]
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 def test_sigterm_to_one_process_saves_and_ends_both_with_143(launched, sdseg_group, state_of, tmp_path):
     root = tmp_path / "run"
     given = ("--recipe", launched.folder / "kl.yaml", "--device", "cpu", "--out", root)

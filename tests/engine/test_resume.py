@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "resume_table.py"
 
 
-@pytest.mark.faults
+@pytest.mark.faults(19)
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("processes", [1, 2])
