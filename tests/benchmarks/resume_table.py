@@ -119,6 +119,8 @@ class Experiment:
 
     def killed(self, processes: int, *, in_a_save: bool, go_on_with: int = 0) -> Row:
         """Kill a training, then resume it with as many processes, or with ``go_on_with``."""
+        from sdseg_cli.core.run_directory import RunDirectory
+
         victims = self.random.choice([[0, 1], [0], [1]]) if processes == 2 else [0]
         while True:
             root = self._next()
@@ -138,7 +140,8 @@ class Experiment:
             for victim in victims:
                 os.kill(group[victim].pid, signal.SIGKILL)
             codes = end_of(group)
-            break
+            if RunDirectory.open(root).status != "finished":  # it was on its way out: another moment
+                break
         who = "SIGKILL" if processes == 1 else f"SIGKILL to {' and '.join(str(v) for v in victims)}"
         row = Row(str(processes), who, moment, where_it_was(root), codes)
         for index, process in enumerate(group):
@@ -160,7 +163,7 @@ class Experiment:
                 os.kill(process.pid, signal.SIGTERM)
         codes = end_of(group)
         row = Row(str(processes), "SIGTERM", moment, where_it_was(root), codes)
-        if codes != [0] * processes:
+        if codes != [0] * processes:  # else it had ended before it could hear
             self._compare(row, root, processes, processes)
         return row
 

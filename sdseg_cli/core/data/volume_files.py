@@ -279,16 +279,6 @@ def _check_itk_file(path: Path, start: bytes, claimed: int) -> None:
         _check_deflated(path, data, offset, claimed)
 
 
-def detached_voxels(path: Path) -> list[Path]:
-    """The file that holds the voxels of a NRRD or MetaImage header; [] where they are in the same file."""
-    if path.suffix.lower() not in (".nhdr", ".mhd"):
-        return []
-    header = path.read_bytes()
-    named = _field(header, rb"data ?file: *(.+)") or _field(header, rb"ElementDataFile *= *(.+)")
-    file = path.parent / (named or "")
-    return [file] if file.is_file() else []
-
-
 def _field(header: bytes, pattern: bytes) -> str | None:
     match = re.search(rb"^" + pattern, header, re.MULTILINE | re.IGNORECASE)
     return match.group(1).decode("utf-8", "replace").strip() if match else None

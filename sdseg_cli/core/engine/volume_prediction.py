@@ -19,8 +19,13 @@ import numpy as np
 from sdseg_cli.core.data.dicom import read_series
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
-from sdseg_cli.core.data.volume_files import detached_voxels
-from sdseg_cli.core.data.volumes import Volume, read_volume, write_label_volume, write_probability_volume
+from sdseg_cli.core.data.volumes import (
+    Volume,
+    files_of_volume,
+    read_volume,
+    write_label_volume,
+    write_probability_volume,
+)
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.engine.prediction import (
     FATAL_WRITE_ERRORS,
@@ -139,7 +144,7 @@ def _read(task: PredictionTask, nan_fill: float | None) -> tuple[Volume, str]:
         return read_series(task.series, nan_fill=nan_fill), sum_of_files(task.series.files)
     before = task.path.stat()
     volume = read_volume(task.path, nan_fill=nan_fill)
-    digest = sum_of_files([task.path, *detached_voxels(task.path)])
+    digest = sum_of_files(files_of_volume(task.path))
     after = task.path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise DataError("the file changed while it was read. Predict it again once it is complete.")
