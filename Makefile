@@ -1,5 +1,5 @@
 # make demo   the whole round on made-up data, ending with demo/index.html
-# make test   the tests
+# make test   the tests, without the slow ones of faults
 # make faults those of bad files, full disks and interruptions, the slow ones too (docs/faults.md)
 # make lint   ruff and mypy
 # make docs   docs/recipes.md, from the schema
@@ -41,7 +41,7 @@ demo: $(READY)
 	$(BIN)/sdseg demo $(DEMO_ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not (slow and faults)" $(PYTEST_ARGS)
 
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m faults $(PYTEST_ARGS)

@@ -37,6 +37,7 @@ COMMANDS = {
     "export": "Write a model as one ONNX or OpenVINO graph.",
     "autoencoder": "Train the small autoencoder of the masks.",
     "runs": "List, show and compare the runs.",
+    "verify": "Check a run, a model, a dataset or masks against its manifest.",
     "recipes": "List, show, copy and check recipes.",
     "push": "Put a run's model on the hub with a card.",
     "doctor": "Look at this machine: what works, and what to do where it does not.",
@@ -259,10 +260,25 @@ def _exit_code_of(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is not None:
         fail(f"{error.filename}: {error.strerror or error}. Check the path and its permissions.")
         return 1
+    if _is_lost_process(error):
+        fail(
+            "another process of this command has ended (killed, perhaps for lack of memory). Start it again."
+        )
+        return 1
     if isinstance(error, MemoryError):
         fail("out of memory. Use a smaller --batch-size, fewer --workers or a smaller image size.")
         return 1
     raise error
+
+
+def _is_lost_process(error: Exception) -> bool:
+    from sdseg_cli.console import is_launched
+
+    if not is_launched():
+        return False
+    from sdseg_cli.core.engine.processes import is_lost
+
+    return is_lost(error)
 
 
 def _say_stopped(code: int) -> None:

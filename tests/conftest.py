@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import itertools
-import multiprocessing
+import functools
 import os
 import runpy
 from collections import Counter
@@ -21,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch anything
 
 SIZE = 32
+REAL_RUNS = runpy.run_path(str(Path(__file__).with_name("real_runs.py")))
 
 
 def _prepare(out: Path, kind: str, cases: int) -> Path:
@@ -118,77 +117,20 @@ def trained(monkeypatch) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def state_of() -> Callable[..., dict[str, Any]]:
-    """Everything a run arrived at, times excepted: weights, averages, optimizer, metrics, exported model."""
-    import torch
-
-    def digest(*files: Path) -> str:
-        joined = hashlib.sha256()
-        for file in files:
-            joined.update(file.read_bytes())
-        return joined.hexdigest()
-
-    def look(run: Any) -> dict[str, Any]:
-        checkpoint = run.latest_checkpoint()
-        optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-        timed = ("seconds", "samples_per_second", "memory_gib")
-        metrics = run.read_metrics()
-        return {
-            "step": checkpoint.name,
-            "weights": digest(checkpoint / "model.safetensors"),
-            "averages": digest(checkpoint / "averages.safetensors"),
-            "optimizer": {
-                (index, name): hashlib.sha256(value.numpy().tobytes()).hexdigest()
-                for index, state in optimizer["state"].items()
-                for name, value in state.items()
-            },
-            "rates": [group["lr"] for group in optimizer["param_groups"]],
-            "metrics": [{key: m[key] for key in m if key not in timed} for m in metrics],
-            "model": digest(*sorted(run.model.rglob("*.*"))),
-            "best": run.read_run_json()["best"],
-            "pictures": digest(*sorted(run.validation.iterdir())),
-            "files": sorted(
-                str(path.relative_to(run.root))
-                for path in run.root.rglob("*")
-                if not set(path.parents) & set(run.all_checkpoints()[:-1])
-                and path not in run.all_checkpoints()[:-1]
-            ),
-        }
-
-    return look
+    """Everything a run arrived at, times excepted; see ``real_runs.py``."""
+    return REAL_RUNS["state_of"]
 
 
 @pytest.fixture(scope="session")
 def sdseg_process(tmp_path_factory) -> Callable[..., Any]:
-    """Start ``sdseg`` in a process of its own, ``sdseg_process("train", "--recipe", ...)``.
+    """Start ``sdseg`` in a process of its own, ``sdseg_process("train", "--recipe", ...)``; likewise."""
+    return REAL_RUNS["starter"](tmp_path_factory.mktemp("logs"))
 
-    Gives a ``multiprocessing`` process with ``log``, what it printed. ``moment`` and ``count`` name a moment
-    of ``sdseg_process.py`` at which it dies of SIGKILL. A server that has imported everything forks them, so
-    that a start takes a fraction of a second.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "sdseg_cli.commands.train",
-            "sdseg_cli.core.engine.training",
-            "sdseg_cli.core.recipe",
-            "datasets",
-            "matplotlib.figure",
-            "matplotlib.backends.backend_agg",
-        ]
-    )
-    logs = tmp_path_factory.mktemp("logs")
-    numbers = itertools.count()
-    script = str(Path(__file__).with_name("sdseg_process.py"))
 
-    def start(*arguments: object, moment: str | None = None, count: int = 1) -> Any:
-        log = logs / f"{next(numbers)}.txt"
-        given = {"ARGUMENTS": [*map(str, arguments)], "LOG": str(log), "MOMENT": moment, "COUNT": count}
-        process = context.Process(target=runpy.run_path, args=(script, given, "__main__"))
-        process.start()
-        process.log = lambda: log.read_text() if log.exists() else ""  # type: ignore[attr-defined]
-        return process
-
-    return start
+@pytest.fixture(scope="session")
+def sdseg_group(sdseg_process) -> Callable[..., list[Any]]:
+    """Start a command in a group of processes, ``sdseg_group(2, "train", "--recipe", ...)``; likewise."""
+    return functools.partial(REAL_RUNS["start_group"], sdseg_process)
 
 
 # The table of faults ---------------------------------------------------------------------------------

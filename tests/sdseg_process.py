@@ -1,7 +1,7 @@
 """Runs ``sdseg`` in a process of its own that dies of SIGKILL at a chosen moment; a fixture has its name.
 
 Given as globals: ARGUMENTS, LOG (file for both outputs), MOMENT (a name from MOMENTS, or None) and COUNT (at
-which time that it comes).
+which time that it comes), ENVIRONMENT (variables to add).
 """
 
 from __future__ import annotations
@@ -29,6 +29,20 @@ def before_step(count: int) -> None:
         return rate(step, recipe)
 
     training.learning_rate_at = deadly
+
+
+def sigterm_before_step(count: int) -> None:
+    """To this process alone, which must tell the others of its group."""
+    from sdseg_cli.core.engine import training
+
+    rate = training.learning_rate_at
+
+    def stopping(step, recipe):
+        if step == count:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(step, recipe)
+
+    training.learning_rate_at = stopping
 
 
 def half_of_the_optimizer_saved(count: int) -> None:
@@ -102,6 +116,7 @@ def is_model(target: str) -> bool:
 
 MOMENTS = {
     "before a step": before_step,
+    "SIGTERM before a step": sigterm_before_step,
     "half of the optimizer saved": half_of_the_optimizer_saved,
     "before a checkpoint has its name": lambda count: renaming(is_checkpoint, count, after=False),
     "after a checkpoint has its name": lambda count: renaming(is_checkpoint, count, after=True),
@@ -117,6 +132,7 @@ if __name__ == "__main__":
     os.dup2(descriptor, 2)
     os.setpgrp()  # so that a test can signal this process and its loaders, as a terminal does
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(ENVIRONMENT)  # type: ignore[name-defined]  # noqa: F821
     if MOMENT is not None:  # type: ignore[name-defined]  # noqa: F821
         MOMENTS[MOMENT](COUNT)  # type: ignore[name-defined]  # noqa: F821
     from sdseg_cli.cli import main

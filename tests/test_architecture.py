@@ -16,7 +16,7 @@ ALLOWED = {
     "core.model": BASE,
     "core.metrics": BASE,
     "core.reporting": BASE,
-    "core.engine": (*BASE, "recipe", "run_directory", "data", "model", "metrics", "reporting"),
+    "core.engine": (*BASE, "recipe", "run_directory", "manifest", "data", "model", "metrics", "reporting"),
     "core.errors": (),
     "core.grid": ("errors",),
     "core.seeding": ("errors",),
@@ -26,6 +26,8 @@ ALLOWED = {
     "core.recipe": ("errors", "recipe_schema", "strict_yaml"),
     "core.recipe_reference": ("recipe",),
     "core.run_directory": (*BASE, "recipe"),
+    "core.manifest": ("files", "run_directory"),
+    "core.verification": ("errors", "files", "manifest", "run_directory"),
 }
 SCREEN = {"typer", "click", "rich", "tqdm", "argparse"}
 HEAVY = {
@@ -40,7 +42,14 @@ HEAVY = {
     "matplotlib",
 }
 NO_TORCH = ("cli", "console", "commands", "core.errors", "core.grid", "core.seeding", "core.files")
-NO_TORCH += ("core.strict_yaml", "core.recipe", "core.run_directory", "core.reporting.tables")
+NO_TORCH += (
+    "core.manifest",
+    "core.verification",
+    "core.strict_yaml",
+    "core.recipe",
+    "core.run_directory",
+    "core.reporting.tables",
+)
 
 
 def dotted(path: Path) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdseg_cli import console
-from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.data.prepared import MANIFEST_FILE, PreparedDataset
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import EXPORT_FILE
+from sdseg_cli.core.files import EXPORT_FILE, sha256_of
+from sdseg_cli.core.manifest import model_sum
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.reporting.page import Table
-from sdseg_cli.core.run_directory import ModelReference, library_versions, now, resolve_model
+from sdseg_cli.core.run_directory import ModelReference, resolve_model
 from sdseg_cli.core.seeding import derive_seed
 
 SUMMARY_FILE = "summary.json"  # also the mark by which a folder of results is known as ours
@@ -100,6 +101,7 @@ class Model:
         fields = run.read_run_json() if run is not None else {}
         return {
             "location": self.reference.location,
+            "sha256": model_sum(self.reference.location),
             "run": str(run.root) if run is not None else None,
             "recipe": self.recipe.name if self.recipe is not None else None,
             "trained_until": fields.get("ended"),
@@ -123,10 +125,10 @@ class Model:
 
 
 def dataset_evidence(dataset: PreparedDataset, split: str) -> dict[str, Any]:
-    """What the report records about the data; refuses an empty split.
+    """What the report records about the data, with the checksums of the files that are read.
 
     Raises:
-        DataError: the split holds no slice.
+        DataError: the split holds no slice, or a file of it is not as it was prepared.
     """
     manifest = dataset.manifest
     if not manifest.splits.get(split):
@@ -141,12 +143,29 @@ def dataset_evidence(dataset: PreparedDataset, split: str) -> dict[str, Any]:
         "slices": manifest.splits[split],
         "fingerprint": manifest.fingerprint,
         "classes": list(manifest.classes),
+        "manifest_sha256": sha256_of(dataset.root / MANIFEST_FILE),
+        "files": _checked_files(dataset, split),
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Time and versions, for the report."""
-    return {"written": now(), "versions": library_versions()}
+def _checked_files(dataset: PreparedDataset, split: str) -> dict[str, str]:
+    """The files of a split with their SHA-256."""
+    recorded = dataset.manifest.checksums
+    names = [name for name in dataset.manifest.files if name.startswith(f"{split}/")]
+    found = {name: sha256_of(dataset.root / name) for name in names}
+    for name, digest in found.items():
+        if digest != recorded.get(name, digest):
+            raise DataError(
+                f"{dataset.root / name} is altered: SHA-256 {digest[:12]}, prepared as "
+                f"{recorded[name][:12]}. Prepare the dataset again, or restore it; all that differs is named "
+                f"by: sdseg verify {dataset.root}"
+            )
+    return found
+
+
+def input_sums(paths: Iterable[Path]) -> dict[str, str]:
+    """Path -> SHA-256 of the files that were measured; what is gone meanwhile is left out."""
+    return {str(path): sha256_of(path) for path in paths if path.is_file()}
 
 
 def show(table: Table, notes: Sequence[str] = ()) -> None:

@@ -69,6 +69,8 @@ def autoencoder(
     """
     from sdseg_cli.core.errors import UsageError
     from sdseg_cli.core.files import refuse_existing, whole_folder
+    from sdseg_cli.core.manifest import write_manifest
+    from sdseg_cli.core.run_directory import library_versions
 
     if size % 8:
         raise UsageError(f"--size {size}: expected a multiple of 8, like {round(size / 8) * 8}.")
@@ -129,6 +131,7 @@ def autoencoder(
     scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items() if part}
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         network.save_pretrained(folder)
+        write_manifest(folder, "autoencoder", steps=steps, seed=seed, versions=library_versions())
     if as_json:
         console.show_json({"folder": str(out), "reconstruction_dice": scores})
         return
@@ -163,6 +166,8 @@ def _distil(
         train_mask_decoder,
     )
     from sdseg_cli.core.files import whole_folder
+    from sdseg_cli.core.manifest import write_manifest
+    from sdseg_cli.core.run_directory import library_versions
 
     asked = ask_teacher(teacher, masks, device=device)
     answers = list(console.progress(asked, len(masks), "asking the full decoder", unit="masks"))
@@ -186,6 +191,7 @@ def _distil(
                 }
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         decoder.save_pretrained(folder)
+        write_manifest(folder, "decoder", **settings, versions=library_versions())
     if as_json:
         console.show_json({"folder": str(out), "agreement_dice": scores})
         return

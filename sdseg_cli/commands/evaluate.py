@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from sdseg_cli.commands._measured import (
     Model,
     dataset_evidence,
     file_name,
-    provenance,
+    input_sums,
     show,
 )
 from sdseg_cli.commands._options import (
@@ -51,6 +51,7 @@ from sdseg_cli.commands._options import (
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.metrics.surface import NSD_TOLERANCE
 from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json
@@ -221,6 +222,7 @@ class _Evaluation:
     facts: dict[str, Any]
     score_again: Callable[[list[str]], Iterable[CaseScores | FailedCase]]
     recipe: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)  # file -> SHA-256, of two folders
 
     def report(self, *, worst: int, overwrite: bool, as_json: bool) -> None:
         """Write the folder of results, then show the table."""
@@ -246,13 +248,14 @@ class _Evaluation:
             "failed_cases": {case.case_id: case.error for case in self.failed},
             "classes": {entry.class_name: asdict(entry) for entry in summary.classes},
             **self.facts,
-            **provenance(),
+            **made_with(),
         }
         with whole_folder(self.target, overwrite=overwrite, ours=SUMMARY_FILE) as folder:
             atomic_write(folder / CASES_FILE, to_csv(case_rows(self.scores), CASE_COLUMNS))
             _draw(worst_cases(self.scores, worst), folder / OVERLAYS, self.classes)
             atomic_write(folder / REPORT_FILE, self._page(content))
             atomic_write(folder / SUMMARY_FILE, to_json(content, indent=2) + "\n")
+            write_manifest(folder, "evaluation", inputs=self.inputs, **made_with())
         if as_json:
             console.show_json(content)
         else:
@@ -409,6 +412,7 @@ def _evaluate_folders(
             "processes": processes.count,
         },
         score_again,
+        inputs=input_sums(path for _, *pair in pairs.pairs for path in pair if path is not None),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,8 @@ def export(
         sdseg predict scans/ --model exported --out masks/
     """
     from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
-    from sdseg_cli.core.run_directory import resolve_model
+    from sdseg_cli.core.manifest import model_sum, write_manifest
+    from sdseg_cli.core.run_directory import library_versions, resolve_model
 
     refuse_existing(out, overwrite=overwrite, ours=EXPORT_FILE)
     reference = resolve_model(model)
@@ -71,6 +72,9 @@ def export(
         config = export_model(
             reference.location, folder, kind.value, str(decoder.resolve()) if decoder is not None else None
         )
+        made_from: dict[str, Any] = {"model_sha256": model_sum(reference.location)}
+        made_from |= {"decoder_sha256": model_sum(decoder)} if decoder is not None else {}
+        write_manifest(folder, "exported model", **made_from, versions=library_versions())
     if as_json:
         console.show_json({"folder": str(out), **config})
         return

@@ -53,7 +53,8 @@ from sdseg_cli.core.engine.prediction import (
     write_summary,
 )
 from sdseg_cli.core.errors import SdsegError, UsageError
-from sdseg_cli.core.run_directory import ModelReference, atomic_write, now, to_json
+from sdseg_cli.core.manifest import JOURNAL_FILE, Journal, made_with, model_sum
+from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor
@@ -269,6 +270,8 @@ def predict(
 class _Session:
     """One call of the command: predicts, keeps the records, and reports whatever happens."""
 
+    journal: Journal
+
     def __init__(
         self,
         out: Path,
@@ -322,9 +325,13 @@ class _Session:
                 console.say(remark)
         if overwrite and processes.is_main:
             remove_outputs(todo)
-            if not self.is_shard:  # it may list masks of another model, and those of the other shards
-                (self.out / SUMMARY_FILE).unlink(missing_ok=True)
+            if not self.is_shard:  # they may list masks of another model, and those of the other shards
+                for name in (SUMMARY_FILE, JOURNAL_FILE, REPORT_FILE):
+                    (self.out / name).unlink(missing_ok=True)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
+        self._begin_journal(
+            reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)
+        )
         if processes.is_main:
             self._write_settings("running")
         from sdseg_cli.core.engine.volume_prediction import VolumeSettings
@@ -342,11 +349,25 @@ class _Session:
             raise stop
         self._leave()
 
+    def _begin_journal(self, reference: ModelReference, decoder: str | None, *, precision: str) -> None:
+        """Begin this call's part of the list of what is written, and of what from."""
+        self.settings["model_sha256"] = model_sum(reference.location)
+        if decoder is not None:
+            self.settings["decoder_sha256"] = model_sum(decoder)
+        run = reference.run
+        recipe = run.read_run_json().get("recipe") if run is not None else None
+        self.journal = Journal(self.out, {**self.settings, "recipe": recipe, "precision": precision})
+
+    def _note(self, record: CasePrediction) -> None:
+        self.journal.add(
+            record.outputs, case=record.case_id, input=record.file, input_sha256=record.input_sha256
+        )
+
     def _predict(
         self, todo: Sequence[PredictionTask], predictor: Predictor, volumes: VolumeSettings
     ) -> SdsegError | None:
         """Keep the records of all that was written, also when something stops the rest."""
-        stream = predict_files(todo, predictor, volumes=volumes)
+        stream = predict_files(todo, predictor, volumes=volumes, on_written=self._note)
         try:
             for record in console.progress(stream, len(todo), "predicting", unit="images"):
                 self.records.append(record)
@@ -371,6 +392,8 @@ class _Session:
                 self._write_settings(self._outcome(stop))
                 if self.report:
                     self._write_page()
+                written = [self.out / name for name in (SUMMARY_FILE, REPORT_FILE)]
+                self.journal.add(path for path in written if path.is_file())
         except OSError as error:
             self.has_summary = False
             console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
@@ -456,12 +479,13 @@ class _Session:
 
     def _write_settings(self, status: str) -> None:
         atomic_write(self.out / SETTINGS_FILE, to_json(self._settings(status), indent=2) + "\n")
+        self.journal.add([self.out / SETTINGS_FILE])
 
     def _settings(self, status: str) -> dict[str, Any]:
         return {
             "sdseg": __version__,
             "status": status,
-            "written": now(),
+            **made_with(),
             **self.settings,
             "classes": list(self.classes),
             "images": len(self.planned),

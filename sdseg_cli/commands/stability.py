@@ -20,7 +20,7 @@ from sdseg_cli.commands._measured import (
     Model,
     dataset_evidence,
     file_name,
-    provenance,
+    input_sums,
     show,
 )
 from sdseg_cli.commands._options import (
@@ -46,6 +46,7 @@ from sdseg_cli.commands._options import (
 from sdseg_cli.core.data.images import list_images, read_image, write_label_map, write_png
 from sdseg_cli.core.errors import DataError, ModelError, UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -312,12 +313,20 @@ class _Measurement:
                 name: {entry.kind: asdict(entry) for entry in summary.entries if entry.class_name == name}
                 for name in self.predictor.classes[1:]
             },
-            **provenance(),
+            **made_with(),
         }
         atomic_write(folder / CASES_FILE, to_csv(rows, ROW_COLUMNS))
         atomic_write(folder / REPORT_FILE, self._page(rows, summary, {**report, **settings}, places))
         atomic_write(folder / SUMMARY_FILE, to_json(report, indent=2) + "\n")
+        write_manifest(folder, "stability", inputs=self._inputs_read(), **made_with())
         return report
+
+    def _inputs_read(self) -> dict[str, str]:
+        """The images of a folder with their SHA-256; those of a dataset are in the report's facts."""
+        if self.source.dataset is not None:
+            return {}
+        folder = Path(self.source.facts["images"])
+        return input_sums(folder / name for name in self.source.names[: self.limit])
 
     def _page(
         self,

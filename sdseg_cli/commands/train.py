@@ -225,6 +225,8 @@ def _show(records: object, recipe: Recipe) -> Finished:
         f"steps {started.first_step + 1:,} to {started.steps:,} of {recipe.train.batch_size} images; "
         f"latent scale {started.latent_scale:.4f}"
     )
+    if started.remark:
+        console.warn(started.remark)
     finished: Finished | None = None
     with console.training_progress(started.steps, start=started.first_step) as bar:
         for record in stream:

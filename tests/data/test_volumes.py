@@ -14,6 +14,7 @@ from sdseg_cli.core.data import volumes as volumes_module
 from sdseg_cli.core.data.geometry import VolumeGeometry, geometry_from_lps, lps_from_geometry
 from sdseg_cli.core.data.volumes import (
     WRITABLE_SUFFIXES,
+    files_of_volume,
     is_volume,
     read_label_volume,
     read_volume,
@@ -343,6 +344,14 @@ def test_damaged_headers_never_end_in_a_traceback(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             refused += _voxels_or_none(path) is None
         assert refused > 0
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd", ".nrrd", ".mha"])
+def test_the_files_of_a_volume_are_the_header_and_its_voxels(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    save_itk(path, scan())
+    assert files_of_volume(path)[0] == path
+    assert sorted(files_of_volume(path)) == sorted(tmp_path.iterdir())
 
 
 @pytest.mark.faults

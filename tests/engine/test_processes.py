@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,74 @@ def test_a_run_of_two_processes_is_resumed_by_one(launched, tiny_recipe, trained
     together = RunDirectory.open(launched.folder / "runs" / "kl")
     losses = [record["loss"] for record in together.read_metrics() if "loss" in record]
     assert resumed.losses == pytest.approx(losses[4:], rel=1e-3)
+
+
+@pytest.mark.faults(19)
+@pytest.mark.parametrize(
+    ("moment", "count", "resumed_from"),
+    [("before a step", 6, 4), ("half of the optimizer saved", 2, 4), ("half of the optimizer saved", 1, 0)],
+)
+def test_a_run_of_two_processes_that_was_killed_equals_one_that_was_not(
+    moment, count, resumed_from, launched, sdseg_group, state_of, tmp_path
+):
+    root = tmp_path / "run"
+    given = ("--recipe", launched.folder / "kl.yaml", "--device", "cpu")
+    group = sdseg_group(2, "train", *given, "--out", root, moment=moment, count=count)
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [-signal.SIGKILL, 1]
+    said = group[1].log()
+    assert "error (process 1): another process of this training has ended" in said
+    assert f"sdseg train --resume {root}" in said
+    assert "Traceback" not in said
+    group = sdseg_group(2, "train", "--resume", root, "--device", "cpu")
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [0, 0], group[0].log() + group[1].log()
+    assert f"steps {resumed_from + 1} to 6" in group[0].log()
+    assert "since the checkpoint was saved" not in group[0].log()
+    assert state_of(RunDirectory.open(root)) == state_of(RunDirectory.open(launched.folder / "runs" / "kl"))
+
+
+@pytest.mark.faults(19)
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_batch_and_says_what_is_lost(
+    first, second, launched, sdseg_group, tmp_path
+):
+    root = tmp_path / "run"
+    given = ("--recipe", launched.folder / "kl.yaml", "--device", "cpu")
+    group = sdseg_group(first, "train", *given, "--out", root, moment="before a step", count=6)
+    for process in group:
+        process.join(60)
+    group = sdseg_group(second, "train", "--resume", root, "--device", "cpu")
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [0] * second, group[0].log()
+    said = f"warning: since the checkpoint was saved: processes {first} -> {second}. Each step keeps its 4 "
+    assert said in group[0].log()
+    run, whole = RunDirectory.open(root), RunDirectory.open(launched.folder / "runs" / "kl")
+    losses = [[record["loss"] for record in each.read_metrics() if "loss" in record] for each in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    sessions = run.read_run_json()["sessions"]
+    assert [(one["first_step"], one["processes"]) for one in sessions] == [(0, first), (4, second)]
+    assert f"processes {first} -> {second}" in sessions[1]["remark"]
+
+
+@pytest.mark.faults(19)
+def test_sigterm_to_one_process_saves_and_ends_both_with_143(launched, sdseg_group, state_of, tmp_path):
+    root = tmp_path / "run"
+    given = ("--recipe", launched.folder / "kl.yaml", "--device", "cpu", "--out", root)
+    group = sdseg_group(2, "train", *given, moment="SIGTERM before a step", count=3)
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [143, 143], group[0].log() + group[1].log()
+    assert "SIGTERM: stopped after step 3, and everything is saved" in group[0].log()
+    group = sdseg_group(2, "train", "--resume", root, "--device", "cpu")
+    for process in group:
+        process.join(60)
+    assert "steps 4 to 6" in group[0].log()
+    found, expected = (state_of(RunDirectory.open(path)) for path in (root, launched.folder / "runs" / "kl"))
+    assert {**found, "files": []} == {**expected, "files": []}
 
 
 def rows(path: Path) -> list[dict[str, str]]:

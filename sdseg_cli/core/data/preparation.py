@@ -266,7 +266,7 @@ def prepare(
         (work / SPLIT_FILE).write_text(split_to_yaml(used, header), encoding="utf-8")
         if draw_sheet is not None:
             (work / SHEET_FILE).write_bytes(encode_png(draw_sheet(gathered.sheet)))
-        manifest = gathered.manifest(description, geometry, used, _file_sizes(work))
+        manifest = gathered.manifest(description, geometry, used, _files(work))
         (work / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -486,7 +486,7 @@ class _Gathered:
             )
 
     def manifest(
-        self, description: Description, geometry: Geometry, split: Split, files: dict[str, int]
+        self, description: Description, geometry: Geometry, split: Split, files: dict[str, Path]
     ) -> DatasetManifest:
         meaning = {
             "classes": description.classes,
@@ -519,7 +519,8 @@ class _Gathered:
             preparation=preparation,
             sources=dict(sorted(self._sources.items())),
             fingerprint=hashlib.sha256(canonical).hexdigest(),
-            files=files,
+            files={name: path.stat().st_size for name, path in files.items()},
+            checksums={name: sha256_of(path) for name, path in files.items()},
         )
 
     def _statistics(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -645,6 +646,6 @@ class _Tables:
         shutil.rmtree(self._folder)
 
 
-def _file_sizes(root: Path) -> dict[str, int]:
+def _files(root: Path) -> dict[str, Path]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(root).as_posix(): path for path in files}

@@ -40,6 +40,7 @@ class DatasetManifest:
         sources: raw file -> SHA-256.
         fingerprint: SHA-256 over images, label maps, case ids, splits, classes and geometry.
         files: file of the prepared dataset -> size in bytes, to notice a torn copy.
+        checksums: the same files -> SHA-256, for ``sdseg verify``; absent from datasets of older versions.
         version: of this format.
     """
 
@@ -54,6 +55,7 @@ class DatasetManifest:
     sources: dict[str, str]
     fingerprint: str
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
     @property
@@ -78,10 +80,11 @@ class DatasetManifest:
         if record.get("version", 0) > FORMAT_VERSION:
             raise ValueError(f"format version {record['version']}, this sdseg reads up to {FORMAT_VERSION}")
         names = {entry.name for entry in fields(cls)}
-        missing = sorted(names - record.keys())
+        missing = sorted(names - record.keys() - {"checksums"})
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
-        found: DatasetManifest = TypeAdapter(cls).validate_python({name: record[name] for name in names})
+        known = {name: record[name] for name in names & record.keys()}
+        found: DatasetManifest = TypeAdapter(cls).validate_python(known)
         if set(found.splits) != set(SPLITS) or min(found.splits.values()) < 0:
             raise ValueError(f"splits are {dict(found.splits)}, expected the sizes of {', '.join(SPLITS)}")
         if found.image_size < 1 or len(found.classes) < 2:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import gzip
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ __all__ = [
     "WRITABLE_SUFFIXES",
     "Volume",
     "VolumeGeometry",
+    "files_of_volume",
     "is_volume",
     "read_label_volume",
     "read_volume",
@@ -73,6 +75,15 @@ class Volume:
 def is_volume(path: str | Path) -> bool:
     """Whether a name ends like a volume's; the file is not looked at."""
     return volume_suffix(Path(path)) is not None
+
+
+def files_of_volume(path: Path) -> list[Path]:
+    """The files that a volume lies in: itself, and the one its header names for the voxels."""
+    if path.suffix.lower() not in (".nhdr", ".mhd"):
+        return [path]
+    named = re.search(rb"(?im)^(?:data ?file:|ElementDataFile *=) *(.+?)\s*$", path.read_bytes())
+    voxels = path.parent / named[1].decode("utf-8", "replace") if named else path
+    return [path, voxels] if voxels != path and voxels.is_file() else [path]
 
 
 def read_volume(path: str | Path, *, nan_fill: float | None = None) -> Volume:

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.errors import ModelError, SdsegError, is_disk_full
 from sdseg_cli.core.files import atomic_folder, sha256_of
-from sdseg_cli.core.run_directory import RunDirectory, atomic_write
+from sdseg_cli.core.manifest import MANIFEST_FILE, write_manifest
+from sdseg_cli.core.run_directory import RunDirectory
 
-_MANIFEST = "manifest.json"
 _AVERAGES = "averages.safetensors"
 _NO_ROOM = 1 << 20  # bytes; what is left where a large file did not fit
 
@@ -35,8 +36,10 @@ class Progress:
         validations_without_improvement: since then.
         trained_seconds: time spent, over all sessions of the run.
         latent_scale: what latents are multiplied by.
-        pending_losses: sums of the losses since the last line of the metrics, which the next one continues.
+        pending_losses: sums of the losses since the last line of the metrics, which the next one continues:
+            those of the first process, then those of the second, and so on.
         pending_samples: images that went into them, over all processes.
+        made_on: what its last digits depend on, see ``exactness.py``; {} in older checkpoints.
     """
 
     step: int = 0
@@ -47,6 +50,7 @@ class Progress:
     latent_scale: float = 1.0
     pending_losses: list[float] = field(default_factory=list)
     pending_samples: int = 0
+    made_on: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -125,12 +129,7 @@ def _publish(shared: Path, final: Path, progress: Progress, fingerprint: str) ->
     with atomic_folder(final) as folder:
         for file in sorted(shared.iterdir()):
             file.rename(folder / file.name)
-        manifest = {
-            "progress": asdict(progress),
-            "dataset": fingerprint,
-            "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())},
-        }
-        atomic_write(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_manifest(folder, "checkpoint", progress=asdict(progress), dataset=fingerprint)
 
 
 def load_checkpoint(
@@ -167,7 +166,7 @@ def load_checkpoint(
 
 def _verify(run: RunDirectory, checkpoint: Path) -> dict:
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
         problem = _altered(checkpoint, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = str(error)
@@ -195,7 +194,7 @@ def _altered(checkpoint: Path, manifest: dict) -> str:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
         return not _altered(checkpoint, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

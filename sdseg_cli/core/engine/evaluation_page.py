@@ -59,6 +59,7 @@ FACTS = {
     "warnings": "Unlike the training data",
     "missing_scored_as_empty": "Missing, scored as empty",
     "convention": "Convention for empty masks",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }

@@ -40,7 +40,7 @@ from sdseg_cli.core.engine.prediction_plan import (
     split_existing,
 )
 from sdseg_cli.core.errors import DataError, SdsegError
-from sdseg_cli.core.files import write_whole
+from sdseg_cli.core.files import sha256_of, write_whole
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.overlap import draw_agreement
 
@@ -99,6 +99,8 @@ class CasePrediction:
     seconds: float = 0.0
     error: str = ""
     notes: tuple[str, ...] = ()
+    input_sha256: str = ""  # of the file, or of a series' files together
+    outputs: tuple[Path, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------- predicting
@@ -110,7 +112,15 @@ class _ReadCase:
     slice_input: SliceInput
     orientation: int
     notes: tuple[str, ...]
+    sha256: str
     pixels: np.ndarray | None  # upright, only where an overlay is wanted
+
+
+OnWritten = Callable[[CasePrediction], None]
+
+
+def _ignore_written(record: CasePrediction) -> None:
+    pass
 
 
 def predict_files(
@@ -120,6 +130,7 @@ def predict_files(
     readers: int = 4,
     writers: int = 2,
     volumes: VolumeSettings | None = None,
+    on_written: OnWritten = _ignore_written,
 ) -> Iterator[CasePrediction]:
     """Predict every image, then every volume; nothing happens until the records are read.
 
@@ -132,6 +143,7 @@ def predict_files(
         predictor: makes label maps on the case's own grid, in order.
         readers, writers: threads that decode images ahead of the model and encode masks behind it.
         volumes: how volumes are cut and windowed; None leaves it to the model.
+        on_written: told of every case at once after its files are written, in the thread that wrote them.
 
     Yields:
         One record an image, in the order in which they are settled.
@@ -142,12 +154,14 @@ def predict_files(
     """
     clock = _Clock()
     later: list[PredictionTask] = []
-    yield from map(clock.stamp, _predict_images(_set_aside(tasks, later), predictor, readers, writers))
+    images = _set_aside(tasks, later)
+    yield from map(clock.stamp, _predict_images(images, predictor, readers, writers, on_written))
     if not later:
         return
     from sdseg_cli.core.engine.volume_prediction import predict_volumes
 
-    for task, outcome in predict_volumes(later, predictor, volumes):
+    for task, result in predict_volumes(later, predictor, volumes):
+        outcome = _told(result, on_written)
         if isinstance(outcome, CasePrediction):
             yield clock.stamp(outcome)
             continue
@@ -155,6 +169,19 @@ def predict_files(
             yield clock.stamp(_failed(task, f"cannot be written: {outcome.strerror or outcome}"))
             raise _fatal(task, outcome)
         yield clock.stamp(_failed(task, _reason(task, outcome)))
+
+
+def _told(outcome: CasePrediction | Exception, on_written: OnWritten) -> CasePrediction | Exception:
+    """Tell of a volume; what cannot be told of is not done, and its files are removed."""
+    if not isinstance(outcome, CasePrediction):
+        return outcome
+    try:
+        on_written(outcome)
+    except OSError as error:
+        for path in outcome.outputs:
+            path.unlink(missing_ok=True)
+        return error
+    return outcome
 
 
 def _set_aside(tasks: Iterable[PredictionTask], volumes: list[PredictionTask]) -> Iterator[PredictionTask]:
@@ -166,7 +193,7 @@ def _set_aside(tasks: Iterable[PredictionTask], volumes: list[PredictionTask]) -
 
 
 def _predict_images(
-    tasks: Iterable[PredictionTask], predictor: Predictor, readers: int, writers: int
+    tasks: Iterable[PredictionTask], predictor: Predictor, readers: int, writers: int, on_written: OnWritten
 ) -> Iterator[CasePrediction]:
     reading = ThreadPoolExecutor(readers, thread_name_prefix="sdseg-read")
     writing = ThreadPoolExecutor(writers, thread_name_prefix="sdseg-write")
@@ -199,7 +226,7 @@ def _predict_images(
             if prediction is None:
                 break
             case = stream.take(prediction)
-            future = writing.submit(_write_case, case, prediction, tuple(predictor.classes))
+            future = writing.submit(_write_case, case, prediction, tuple(predictor.classes), on_written)
             written.append((case.task, future))
             yield from settle(most=2 * writers)
         yield from settle(most=0)
@@ -291,6 +318,7 @@ def _read_case(
 
     before = task.path.stat()
     loaded: LoadedImage = read_image(task.path)
+    digest = sha256_of(task.path)
     after = task.path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise DataError("the file changed while it was read. Predict it again once it is complete.")
@@ -300,10 +328,12 @@ def _read_case(
     grid = grid_of(loaded.pixels, size, resize, crop)
     slice_input = SliceInput(task.case_id, 0, grid.image_to_model(loaded.pixels), grid)
     pixels = loaded.pixels if task.overlay is not None else None
-    return _ReadCase(task, slice_input, loaded.orientation, notes, pixels)
+    return _ReadCase(task, slice_input, loaded.orientation, notes, digest, pixels)
 
 
-def _write_case(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str]) -> CasePrediction:
+def _write_case(
+    case: _ReadCase, prediction: SlicePrediction, classes: Sequence[str], on_written: OnWritten
+) -> CasePrediction:
     """Write the extras first and the mask last: a mask means that all of its case is there."""
     task = case.task
     done: list[Path] = []
@@ -334,12 +364,14 @@ def _write_case(case: _ReadCase, prediction: SlicePrediction, classes: Sequence[
                 path, prediction.label_map, len(classes), orientation=case.orientation
             ),
         )
+        record = replace(_record(case, prediction, classes), input_sha256=case.sha256, outputs=tuple(done))
+        on_written(record)
     except BaseException:
         for path in done:
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
-    return _record(case, prediction, classes)
+    return record
 
 
 def _write_probabilities(

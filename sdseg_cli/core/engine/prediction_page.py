@@ -31,6 +31,7 @@ from sdseg_cli.core.run_directory import library_versions, now
 BADGES = {"worst": "most doubtful", "middle": "middle", "best": "surest", "": ""}
 FACTS = {
     "model": "Model",
+    "model_sha256": "SHA-256 of the model",
     "model_of": "Trained until",
     "seed": "Seed of the noise",
     "num_inference_steps": "Reverse steps",
@@ -41,6 +42,7 @@ FACTS = {
     "device": "Device",
     "warnings": "Unlike the training data",
     "classes": "Classes",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }

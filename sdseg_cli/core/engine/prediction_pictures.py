@@ -88,7 +88,7 @@ def _of_image(task: PredictionTask, num_classes: int) -> ShownCase | None:
 
 def _of_volume(task: PredictionTask, num_classes: int, settings: VolumeSettings) -> ShownCase | None:
     labels = _volume_labels(task, num_classes)
-    scan = read_scan(task, settings.nan_fill)
+    scan, _ = read_scan(task, settings.nan_fill)
     if labels.shape != scan.geometry.shape:
         return None
     low, high = settings.window or own_window(scan.voxels)

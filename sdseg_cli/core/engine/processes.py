@@ -50,6 +50,14 @@ class Processes:
         self._state.wait_for_everyone()
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the group is gone: gloo and NCCL have no kind for it."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def _leave_group() -> None:
     """Leave the group of processes before the interpreter takes itself apart.
 

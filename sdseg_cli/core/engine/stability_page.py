@@ -50,6 +50,7 @@ FACTS = {
     "processes": "Processes",
     "warnings": "Unlike the training data",
     "failed_images": "Could not be read",
+    "command": "Command",
     "versions": "Versions",
     "written": "Written",
 }

@@ -24,6 +24,7 @@ from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine.acceleration import compile_networks, missing_compiler, use_channels_last
 from sdseg_cli.core.engine.autoencoder_training import measure_scale
 from sdseg_cli.core.engine.checkpoints import Progress, load_checkpoint, save_checkpoint, way_on
+from sdseg_cli.core.engine.exactness import circumstances, no_longer_exact
 from sdseg_cli.core.engine.familiarity import describe_images
 from sdseg_cli.core.engine.inference import choose_device, choose_precision
 from sdseg_cli.core.engine.latent_cache import (
@@ -40,7 +41,7 @@ from sdseg_cli.core.engine.networks import (
     count_parameters,
     predicts_noise,
 )
-from sdseg_cli.core.engine.processes import Processes
+from sdseg_cli.core.engine.processes import Processes, is_lost
 from sdseg_cli.core.engine.stopping import Stop, graceful_stop
 from sdseg_cli.core.engine.trackers import check_trackers, start_trackers, track_picture
 from sdseg_cli.core.engine.training_data import (
@@ -69,12 +70,13 @@ from sdseg_cli.core.errors import (
     is_disk_full,
 )
 from sdseg_cli.core.files import atomic_folder
+from sdseg_cli.core.manifest import MANIFEST_FILE, made_with, write_manifest, write_run_manifest
 from sdseg_cli.core.model.latents import decode_logits, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
 from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import Recipe
 from sdseg_cli.core.reporting.figures import training_curves
-from sdseg_cli.core.run_directory import RunDirectory
+from sdseg_cli.core.run_directory import RunDirectory, library_versions
 from sdseg_cli.core.seeding import derive_seed
 
 _SCALE_SAMPLE = 1024  # slices at most that the latents' scale is measured on
@@ -221,13 +223,19 @@ class Training:
                 raise OutOfMemoryError(_out_of_memory_message(self.recipe)) from error
             if is_disk_full(error) and not isinstance(error, SdsegError):
                 raise SdsegError(f"the disk is full: {error}. {way_on(run)}") from error
+            if self.processes.count > 1 and is_lost(error):
+                raise SdsegError(
+                    "another process of this training has ended (killed, perhaps for lack of memory), and "
+                    f"this one cannot go on alone. Its own message is above, if it had one. Continue with "
+                    f"the same launcher and: sdseg train --resume {run.root}"
+                ) from error
             raise
         finally:
             self.accelerator.end_training()
 
     def _run(self, stop: Stop, *, resume: bool) -> Iterator[Record]:
         settings = self.recipe.train
-        self._begin(resume)
+        remark = self._begin(resume)
         yield Started(
             self.progress.step,
             settings.steps,
@@ -235,6 +243,7 @@ class Training:
             self.precision,
             self.processes.count,
             self.progress.latent_scale,
+            remark,
         )
         reason = "steps"
         for step, parts in self._steps():
@@ -266,14 +275,17 @@ class Training:
             self.directory.model,
         )
 
-    def _begin(self, resume: bool) -> None:
-        loaded = None
+    def _begin(self, resume: bool) -> str:
+        """Take up where the run was left; the answer says what is no longer exact."""
+        loaded, remark = None, ""
         if resume:
             fingerprint = self.manifest.fingerprint
             loaded = load_checkpoint(self.accelerator, self.directory, self.ema, fingerprint=fingerprint)
         if loaded is not None:
             self.progress = loaded
             self._totals.go_on(loaded.pending_losses, loaded.pending_samples)
+            batch_size = self.recipe.train.batch_size
+            remark = no_longer_exact(loaded.made_on, self._circumstances, self.network, batch_size)
         else:
             self.progress.latent_scale = self._latent_scale()
         if self.ema is not None:
@@ -281,6 +293,7 @@ class Training:
         if self.processes.is_main:
             if resume:
                 self.directory.remove_leftovers()
+                (self.directory.root / MANIFEST_FILE).unlink(missing_ok=True)  # until the run ends again
                 self.directory.drop_metrics_after(self.progress.step)
             self.directory.validation.mkdir(exist_ok=True)
             self.directory.write_run_json(
@@ -298,10 +311,26 @@ class Training:
                     "classes": self.manifest.classes,
                 },
                 parameters=count_parameters(self.networks),
+                sessions=[*self.directory.read_run_json().get("sessions", []), self._session(remark)],
             )
         if self.recipe.train.trackers:
             start_trackers(self.accelerator, self.recipe, self.directory)
         self._started = time.monotonic() - self.progress.trained_seconds
+        return remark
+
+    def _session(self, remark: str) -> dict[str, Any]:
+        """What run.json says about this part of a run: a resumed one has several."""
+        return {"first_step": self.progress.step, **made_with(), **self._circumstances, "remark": remark}
+
+    @cached_property
+    def _circumstances(self) -> dict[str, Any]:
+        return circumstances(
+            processes=self.processes.count,
+            device=_device_name(self.device),
+            precision=self.precision,
+            gradient_accumulation=self.recipe.train.gradient_accumulation,
+            compiled=self.recipe.train.compile,
+        )
 
     def _finish(self, reason: str) -> None:
         if self.processes.is_main:
@@ -313,6 +342,7 @@ class Training:
                 trained_seconds=round(self._seconds(), 1),
                 best={"step": self.progress.best_step, "validation_dice": self.progress.best_dice},
             )
+            write_run_manifest(self.directory)
         self.processes.wait()
 
     def _interrupted(self, number: int) -> Interrupted:
@@ -332,6 +362,7 @@ class Training:
                     steps=self.progress.step,
                     trained_seconds=round(self._seconds(), 1),
                 )
+                write_run_manifest(self.directory)
 
     # One step -------------------------------------------------------------------------------------
 
@@ -492,6 +523,7 @@ class Training:
     def _checkpoint(self) -> Checkpointed:
         self.progress.trained_seconds = self._seconds()
         self.progress.pending_losses, self.progress.pending_samples = self._totals.pending()
+        self.progress.made_on = self._circumstances
         self._refuse_divergence(sum(self.progress.pending_losses))  # before it replaces a good checkpoint
         folder = save_checkpoint(
             self.accelerator,
@@ -512,6 +544,15 @@ class Training:
             pipeline.register_to_config(training_data=known)
             with atomic_folder(self.directory.model) as folder:
                 pipeline.save_pretrained(folder)
+                write_manifest(
+                    folder,
+                    "model",
+                    recipe=self.recipe.name,
+                    seed=self.recipe.train.seed,
+                    step=self.progress.step,
+                    dataset=self.manifest.fingerprint,
+                    versions=library_versions(),
+                )
         self.processes.wait()
 
     @contextlib.contextmanager
@@ -611,10 +652,13 @@ class _Totals:
         self._samples, self._samples_before, self._since = 0, 0, time.monotonic()
 
     def go_on(self, sums: list[float], samples: int) -> None:
-        """Continue what :meth:`pending` gave when the run was left."""
+        """Continue what :meth:`pending` gave when the run was left, by as many processes or by others."""
         self._reset()
         if samples:
-            self._sums += torch.tensor(sums, device=self._sums.device) / self._accelerator.num_processes
+            known = torch.tensor(sums, device=self._sums.device).view(-1, len(self._NAMES))
+            count = self._accelerator.num_processes
+            as_many = len(known) == count
+            self._sums += known[self._accelerator.process_index] if as_many else known.sum(dim=0) / count
             self._samples_before = samples
 
     def add(self, losses: dict[str, torch.Tensor], samples: int) -> None:
@@ -628,18 +672,22 @@ class _Totals:
         self._since += seconds
 
     def pending(self) -> tuple[list[float], int]:
-        """Give the sums over all processes and the images that are in them."""
-        sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        return sums, self._samples * self._accelerator.num_processes + self._samples_before
+        """Give the sums of every process, one process after the other, and the images that are in them."""
+        return self._accelerator.gather(self._sums).tolist(), self._all_samples
 
     def take(self) -> tuple[dict[str, float], float]:
         """Give the means over processes and parts, and images per second; start anew."""
-        sums, samples = self.pending()
-        means = {name: total / max(1, samples) for name, total in zip(self._NAMES, sums, strict=True)}
+        sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
+        samples = max(1, self._all_samples)
+        means = {name: total / samples for name, total in zip(self._NAMES, sums, strict=True)}
         seconds = time.monotonic() - self._since
         rate = self._samples * self._accelerator.num_processes / max(seconds, 1e-9)
         self._reset()
         return means, rate
+
+    @property
+    def _all_samples(self) -> int:
+        return self._samples * self._accelerator.num_processes + self._samples_before
 
 
 def _per_class(result: Validation) -> dict[str, float]:

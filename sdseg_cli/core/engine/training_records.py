@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Started:
-    """The training begins; ``first_step`` > 0 for a resumed run."""
+    """The training begins; ``first_step`` > 0 for a resumed run, ``remark`` says what is inexact about it."""
 
     first_step: int
     steps: int
@@ -16,6 +16,7 @@ class Started:
     precision: str
     processes: int
     latent_scale: float
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +19,13 @@ import numpy as np
 from sdseg_cli.core.data.dicom import read_series
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
-from sdseg_cli.core.data.volumes import Volume, read_volume, write_label_volume, write_probability_volume
+from sdseg_cli.core.data.volumes import (
+    Volume,
+    files_of_volume,
+    read_volume,
+    write_label_volume,
+    write_probability_volume,
+)
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.engine.prediction import (
     FATAL_WRITE_ERRORS,
@@ -31,6 +37,7 @@ from sdseg_cli.core.engine.prediction import (
 from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError
 from sdseg_cli.core.grid import Grid
+from sdseg_cli.core.manifest import sum_of_files
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput
@@ -99,12 +106,13 @@ def predict_volumes(
     """
     chosen = (settings or VolumeSettings()).completed(predictor)
     with ThreadPoolExecutor(1, thread_name_prefix="sdseg-read") as pool:
-        ahead: Future[Volume] | None = None
+        ahead: Future[tuple[Volume, str]] | None = None
         try:
             for position, task in enumerate(tasks):
                 current = ahead or pool.submit(read_scan, task, chosen.nan_fill)
+                volume: Volume | None
                 try:
-                    volume: Volume | None = current.result()
+                    volume, digest = current.result()
                 except (SdsegError, OSError, MemoryError) as error:
                     volume, failure = None, error
                 del current
@@ -119,6 +127,8 @@ def predict_volumes(
                     case = _Case(task, volume, chosen, predictor)
                     case.predict()
                     outcome = case.write()
+                    if isinstance(outcome, CasePrediction):
+                        outcome = replace(outcome, input_sha256=digest)
                 except MemoryError as error:
                     outcome = error
                 del volume
@@ -129,21 +139,22 @@ def predict_volumes(
                 ahead.cancel()
 
 
-def read_scan(task: PredictionTask, nan_fill: float | None) -> Volume:
-    """Read the volume of a task, a file or a DICOM series.
+def read_scan(task: PredictionTask, nan_fill: float | None) -> tuple[Volume, str]:
+    """Read the volume of a task, a file or a DICOM series, and the SHA-256 of what it was read from.
 
     Raises:
         DataError: it cannot be read, or changed meanwhile.
         OSError: the file cannot be opened.
     """
     if task.series is not None:
-        return read_series(task.series, nan_fill=nan_fill)
+        return read_series(task.series, nan_fill=nan_fill), sum_of_files(task.series.files)
     before = task.path.stat()
     volume = read_volume(task.path, nan_fill=nan_fill)
+    digest = sum_of_files(files_of_volume(task.path))
     after = task.path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise DataError("the file changed while it was read. Predict it again once it is complete.")
-    return volume
+    return volume, digest
 
 
 class _Case:
@@ -221,7 +232,7 @@ class _Case:
         except BaseException:
             self._remove(done)
             raise
-        return self._record()
+        return replace(self._record(), outputs=tuple(done))
 
     def _inputs(self) -> Iterator[SliceInput]:
         from sdseg_cli.core.engine.inference import SliceInput

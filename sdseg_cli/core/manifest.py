@@ -1,0 +1,170 @@
+"""Manifests: what a folder of results holds, file by file with its SHA-256, and what it was made with.
+
+A checkpoint, a model, a run and a folder of scores have a ``manifest.json``, written last, when the folder
+is whole. A prepared dataset lists its files in ``dataset.json``. Masks are added to a folder by several calls
+and processes, so that their list is a file of lines, ``provenance.jsonl``, see :class:`Journal`.
+``verification.py`` compares folders with these lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdseg_cli import __version__
+from sdseg_cli.core.files import sha256_of
+from sdseg_cli.core.run_directory import RunDirectory, atomic_write, library_versions, now, to_json
+
+MANIFEST_FILE = "manifest.json"
+JOURNAL_FILE = "provenance.jsonl"
+
+# What others put beside a model: its card, and the hub's own file.
+NOT_OURS = frozenset({"README.md", ".gitattributes"})
+
+
+def made_with() -> dict[str, Any]:
+    """Time, command and versions, for a manifest or a report."""
+    return {"written": now(), "command": sys.argv, "versions": library_versions()}
+
+
+def write_manifest(
+    folder: Path, kind: str, *, files: Iterable[Path] | None = None, **fields: Any
+) -> dict[str, str]:
+    """Write the manifest of a folder that is otherwise finished.
+
+    Args:
+        folder: what is listed.
+        kind: of the folder, as ``sdseg verify`` names it.
+        files: those to list; None is every file in it.
+        fields: what else the manifest says, before its lists.
+
+    Returns:
+        Path inside the folder -> SHA-256.
+    """
+    listed = sorted(files if files is not None else (path for path in folder.rglob("*") if path.is_file()))
+    listed = [path for path in listed if path != folder / MANIFEST_FILE]
+    sums = {path.relative_to(folder).as_posix(): sha256_of(path) for path in listed}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in listed}
+    content = {"kind": kind, "sdseg": __version__, **fields, "files": sums, "bytes": sizes}
+    atomic_write(folder / MANIFEST_FILE, to_json(content, indent=2) + "\n")
+    return sums
+
+
+def write_run_manifest(run: RunDirectory) -> None:
+    """Write the manifest of a run that ended, in whichever way: recipe, run.json, metrics and pictures.
+
+    Checkpoints, the model and the scores have manifests of their own; the trackers' files have none.
+    """
+    files = [run.recipe_file, run.run_file, run.metrics_file, run.root / "curves.png"]
+    files += run.validation.glob("*.png")
+    write_manifest(run.root, "run", files=[path for path in files if path.is_file()])
+
+
+def joint_sum(sums: Mapping[str, str]) -> str:
+    """One SHA-256 of several files: of the lines ``SUM  NAME`` by name, as ``sha256sum`` prints them."""
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def sum_of_files(paths: Sequence[Path]) -> str:
+    """The SHA-256 of a file, or the :func:`joint_sum` of several by their names."""
+    if len(paths) == 1:
+        return sha256_of(paths[0])
+    return joint_sum({path.name: sha256_of(path) for path in paths})
+
+
+def model_folder(location: str) -> Path | None:
+    """The folder of a model: as given, or that of a hub id in the hub's cache; None where there is none."""
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(location, "model_index.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def model_sum(location: str | Path) -> str | None:
+    """The :func:`joint_sum` of a model's files as they are now, without its manifest and its card.
+
+    Args:
+        location: folder or hub id of a model, an exported model or a decoder.
+
+    Returns:
+        64 hexadecimal digits; None for a hub id that is not in the cache.
+    """
+    folder = model_folder(str(location))
+    if folder is None:
+        return None
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return joint_sum(
+        {
+            name: sha256_of(path)
+            for name, path in paths.items()
+            if name != MANIFEST_FILE and name not in NOT_OURS and not name.startswith(".")
+        }
+    )
+
+
+class Journal:
+    """The list of a folder that several calls and processes write into: one JSON object a line.
+
+    A call begins with a line that says what it is (``call``: command, versions, model ...); every later line
+    names its call and lists files with size and SHA-256. A line is written in one piece, at once after its
+    files: a process that is killed leaves no file unlisted but the one it was at. The last line about a file
+    holds.
+
+    Args:
+        folder: of the results.
+        about: what the first line says of the call.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._call = uuid.uuid4().hex[:12]
+        self._lock = threading.Lock()
+        self._append({"call": self._call, "sdseg": __version__, **made_with(), **about})
+
+    def add(self, files: Iterable[Path], **about: Any) -> None:
+        """List files that were just written, and what they were made from."""
+        paths = {path.relative_to(self._folder).as_posix(): path for path in files}
+        self._append(
+            {
+                "call": self._call,
+                **about,
+                "files": {name: sha256_of(path) for name, path in paths.items()},
+                "bytes": {name: path.stat().st_size for name, path in paths.items()},
+            }
+        )
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = to_json(record).encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            descriptor = os.open(self._folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            with os.fdopen(descriptor, "r+b", buffering=0) as file:
+                size = os.fstat(descriptor).st_size
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                file.write((b"\n" if torn else b"") + line)
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, in order; those that a kill tore are left out.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    records = []
+    for line in (folder / JOURNAL_FILE).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
