@@ -349,7 +349,8 @@ def _decode_with_gdcm(path: Path, header: Any) -> np.ndarray:
 
 def _damaged(path: Path, error: BaseException) -> DataError:
     return DataError(
-        f"{path}: cannot be read as DICOM ({_said(error)}). It is damaged or cut short: fetch the series again."
+        f"{path}: cannot be read as DICOM ({_said(error)}). It is damaged or cut short: fetch the series "
+        "again."
     )
 
 
