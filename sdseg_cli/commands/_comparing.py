@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdseg_cli import console
-from sdseg_cli.commands._measured import CASES_FILE, REPORT_FILE, SUMMARY_FILE, Model, provenance, show
+from sdseg_cli.commands._measured import CASES_FILE, REPORT_FILE, SUMMARY_FILE, Model, show
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -272,7 +273,7 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
         "costs": {method.name: asdict(mean_costs(method)) for method in comparison.methods},
         "methods": {method.name: [_evidence(run) for run in method.runs] for method in comparison.methods},
         "files": files,
-        **provenance(),
+        **made_with(),
     }
     with whole_folder(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE) as folder:
         atomic_write(folder / f"{TABLE}.md", "\n".join(to_markdown(table) for table in tables))
@@ -287,6 +288,7 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
             convergence_curves(curves, folder / CURVES_FILE)
         atomic_write(folder / REPORT_FILE, _page(comparison, settings, tables, folder, report))
         atomic_write(folder / SUMMARY_FILE, to_json(report, indent=2) + "\n")
+        write_manifest(folder, "comparison", **made_with())
     return Written(comparison, tables, report)
 
 

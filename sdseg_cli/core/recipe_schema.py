@@ -132,7 +132,9 @@ class DataSettings(Settings):
     workers: int = key(
         0, "Loading processes beside each training process; 0 loads in it.", unit="processes", ge=0, le=64
     )
-    cache: bool = key(True, "Keep decoded slices in memory after their first use.")
+    cache: bool = key(
+        True, "Keep decoded slices in memory after their first use, in at most half of what is free."
+    )
 
 
 class ModelSettings(Settings):

@@ -99,7 +99,7 @@ def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     assert costs["ours"]["images_per_second"] > 0
     assert 0 <= costs["ours"]["agreement"] <= 1
     assert costs["other"]["parameters"] is None
-    assert {path.name for path in out.iterdir()} == {*summary["files"]}
+    assert {path.name for path in out.iterdir()} == {*summary["files"], "manifest.json"}
     overall = {(r["method"], r["metric"]): r for r in rows(out / "comparison.csv")}
     assert float(overall["other", "dice"]["mean"]) > 0.8
     assert float(overall["other", "dice"]["difference"]) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sdseg_cli.core.engine.training_data import (
     DrawSettings,
     StepBatches,
     TrainingSamples,
+    cache_room,
     make_loader,
     on_model_grid,
     present_masks,
@@ -123,6 +125,23 @@ def test_augmentation_does_not_change_what_is_cached(polyps):
     for draw in range(30):
         samples[draw]
     assert equal(samples[3], first)
+
+
+def test_the_cache_of_decoded_slices_stays_within_its_room_and_changes_nothing(polyps):
+    split = PreparedDataset.open(polyps).split("train")
+    one = sum(tensor.nbytes for tensor in on_model_grid(split[0]))
+    bounded = TrainingSamples(split, MOVED, SETTINGS, cache=True, most_bytes=3.5 * one)
+    free = TrainingSamples(split, MOVED, SETTINGS, cache=False)
+    for draw in range(2 * len(split)):
+        assert equal(bounded[draw], free[draw])
+    assert len(bounded._cache) == 3
+
+
+def test_the_room_of_the_cache_is_shared_by_the_loading_processes(monkeypatch):
+    free = SimpleNamespace(available=800)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert cache_room(0, 1) == cache_room(1, 1) == 400
+    assert cache_room(2, 2) == 100
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,6 +7,7 @@ geometry is computed from the position of every slice, never from the slice thic
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
             is_slice = modality not in _NO_IMAGES and bool(header.get("Rows"))
             description = str(header.get("SeriesDescription", "") or "")
         except Exception as error:  # a damaged header raises almost anything
-            strays.append((path, f"cannot be read as DICOM ({str(error) or type(error).__name__})"))
+            strays.append((path, f"cannot be read as DICOM ({_said(error)})"))
             continue
         if modality in _NO_IMAGES or (uid and not is_slice):
             strays.append((path, f"holds no image slice (modality {modality})"))
@@ -155,12 +156,22 @@ def _is_dicom(path: Path) -> bool:
 
 def _series_names(descriptions: dict[str, str]) -> dict[str, str]:
     """A file name for every series: its description, with the UID where that is empty or not unique."""
-    words = {uid: re.sub(r"[^\w.+-]+", "_", text).strip("._") for uid, text in descriptions.items()}
+    words = {uid: _file_name(text) for uid, text in descriptions.items()}
     counts = Counter(word.casefold() for word in words.values())
+    marks = {uid: _file_name(uid) for uid in descriptions}
+    # A UID is digits and dots; one that is not may lead anywhere, or be another's twin once it is cleaned.
+    marks = {
+        uid: mark if mark == uid else hashlib.sha256(uid.encode("utf-8", "replace")).hexdigest()[:16]
+        for uid, mark in marks.items()
+    }
     return {
-        uid: uid if not word else word if counts[word.casefold()] == 1 else f"{word}_{uid}"
+        uid: marks[uid] if not word else word if counts[word.casefold()] == 1 else f"{word}_{marks[uid]}"
         for uid, word in words.items()
     }
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text).strip("._")
 
 
 # ---- reading --------------------------------------------------------------------------------------------
@@ -187,7 +198,8 @@ def _usable_headers(series: DicomSeries) -> Iterator[None]:
         raise
     except Exception as error:  # values are decoded when they are asked for; damaged ones raise anything
         raise DataError(
-            f"{series.folder}: series {series.name!r}: its headers cannot be used ({error}). Fetch it again."
+            f"{series.folder}: series {series.name!r}: its headers cannot be used ({_said(error)}). "
+            "Fetch it again."
         ) from error
 
 
@@ -366,8 +378,13 @@ def _decode_with_gdcm(path: Path, header: Any) -> np.ndarray:
 def _damaged(path: Path, error: BaseException) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: the file is gone since the start. Fetch the series again.")
-    lines = str(error).strip().splitlines()
     return DataError(
-        f"{path}: cannot be read as DICOM ({lines[-1] if lines else type(error).__name__}). It is damaged or "
-        "cut short: fetch the series again."
+        f"{path}: cannot be read as DICOM ({_said(error)}). It is damaged or cut short: fetch the series "
+        "again."
     )
+
+
+def _said(error: BaseException) -> str:
+    """What a library said, without the values it quotes: in a damaged file they may be a patient's name."""
+    lines = str(error).strip().splitlines()
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", lines[-1]) if lines else type(error).__name__

@@ -234,6 +234,9 @@ def _write_nifti(path: Path, voxels: np.ndarray, geometry: VolumeGeometry, like:
         header = like.header.copy()
         if hasattr(header, "extensions"):
             header.extensions.clear()  # they may hold a patient's name
+        for name in ("db_name", "aux_file", "intent_name"):  # and so may these
+            if name in header:
+                header[name] = b""
         kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
         image = kind(voxels, affine, header)
         image.header["cal_min"] = image.header["cal_max"] = 0  # the window of the scan, not of a mask

@@ -48,6 +48,7 @@ from sdseg_cli.core.engine.training_data import (
     DrawSettings,
     StepBatches,
     TrainingSamples,
+    cache_room,
     make_loader,
     masks_of_classes,
     present_masks,
@@ -386,6 +387,7 @@ class Training:
                 latent_shape=latent_shape,
             ),
             cache=self.recipe.data.cache,
+            most_bytes=cache_room(self.recipe.data.workers, self.processes.count),
         )
         batches = StepBatches(
             first_step=self.progress.step,

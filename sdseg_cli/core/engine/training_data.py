@@ -6,6 +6,7 @@ processes, loader workers or accumulated parts, and whether or not the run was i
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -56,15 +58,25 @@ class DrawSettings:
 
 
 class TrainingSamples(Dataset):
-    """Draws by number: draw ``d`` is image ``permutation(d // N)[d % N]`` of the N of the split."""
+    """Draws by number: draw ``d`` is image ``permutation(d // N)[d % N]`` of the N of the split.
+
+    With ``cache``, decoded slices of up to ``most_bytes`` stay in memory, in each loading process.
+    """
 
     def __init__(
-        self, split: SplitView, augmentation: Augmentation, settings: DrawSettings, *, cache: bool
+        self,
+        split: SplitView,
+        augmentation: Augmentation,
+        settings: DrawSettings,
+        *,
+        cache: bool,
+        most_bytes: float = math.inf,
     ) -> None:
         self._split = split
         self._augmentation = augmentation
         self._settings = settings
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if cache else None
+        self._room = most_bytes
 
     def __len__(self) -> int:
         return len(self._split)
@@ -98,9 +110,16 @@ class TrainingSamples(Dataset):
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         pair = on_model_grid(self._split[index])
-        if self._cache is not None:
+        size = sum(tensor.nbytes for tensor in pair)
+        if self._cache is not None and size <= self._room:  # the rest of a large dataset is decoded each time
+            self._room -= size
             self._cache[index] = pair
         return pair
+
+
+def cache_room(workers: int, processes: int) -> float:
+    """Bytes that decoded slices may take in one loading process: half of the free memory, shared out."""
+    return psutil.virtual_memory().available / 2 / (max(1, workers) * processes)
 
 
 def on_model_grid(item: PreparedSlice) -> tuple[torch.Tensor, torch.Tensor]:
