@@ -18,7 +18,10 @@ from sdseg_cli.core.recipe import (
 from sdseg_cli.core.recipe_reference import recipe_reference
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "recipes").glob("*.y*ml"))
+OTHERS = ("splits", "ablations")  # what lies beside the recipes
+FILES = sorted(
+    path for path in (ROOT / "recipes").rglob("*.y*ml") if not set(OTHERS) & set(path.relative_to(ROOT).parts)
+)
 MINIMAL = "name: tiny\ndata:\n  dataset: data/tiny\n"
 
 

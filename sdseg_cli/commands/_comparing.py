@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdseg_cli import console
-from sdseg_cli.commands._measured import CASES_FILE, REPORT_FILE, SUMMARY_FILE, Model, show
+from sdseg_cli.commands._measured import (
+    CASES_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    Model,
+    dataset_evidence,
+    show,
+)
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.files import refuse_existing, whole_folder
@@ -40,6 +47,8 @@ class Settings:
 
     split: str
     out: Path
+    unnamed_split: bool = False  # the cases are those of folders
+    notes: tuple[str, ...] = ()
     data: Path | None = None
     baseline: str | None = None
     convention: str | None = None
@@ -53,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Written:
-    """A comparison that was made, and whether every case is in it."""
+    """A comparison that was made."""
 
     comparison: Comparison
     tables: list[Table]
@@ -79,6 +88,7 @@ def compare_and_write(methods: Mapping[str, Sequence[Source]], settings: Setting
         SdsegError: a source is none, cannot be scored, or does not go with the others.
     """
     refuse_existing(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE)
+    _refuse_own_source(methods, settings.out)
     if settings.baseline is not None and settings.baseline not in methods:
         raise UsageError(
             f"--baseline {settings.baseline}: there is no such method. There are: {', '.join(methods)}."
@@ -87,28 +97,48 @@ def compare_and_write(methods: Mapping[str, Sequence[Source]], settings: Setting
     settings = _settled(settings, [one for group in found.values() for one in group])
     from sdseg_cli.core.engine.comparison import Method, compare
 
-    scored = tuple(
-        Method(name, tuple(_score(one, f"{name}: {one.source.location}", settings) for one in group))
-        for name, group in found.items()
+    _check_data([one.model for group in found.values() for one in group if one.model is not None], settings)
+    # What is read goes first: what is wrong with it is told before the models have predicted.
+    order = sorted(
+        ((name, one) for name, group in found.items() for one in group),
+        key=lambda pair: pair[1].model is not None,
     )
+    runs = {id(one): _score(one, f"{name}: {one.source.location}", settings) for name, one in order}
+    scored = tuple(Method(name, tuple(runs[id(one)] for one in group)) for name, group in found.items())
     with console.working("comparing"):
         comparison = compare(scored, baseline=settings.baseline, partial=settings.common)
     return _write(comparison, settings)
 
 
-def show_comparison(written: Written, settings: Settings, *, as_json: bool) -> None:
-    """Print the tables, or the report as JSON, and say what was written."""
+def show_comparison(written: Written, settings: Settings, *, as_json: bool | None) -> None:
+    """Print the tables, or the report as JSON (None: neither), and say what was written."""
     if as_json:
         console.show_json(written.report)
-    else:
+    elif as_json is False:
         for table in written.tables:
             show(table)
+    for note in settings.notes:
+        console.warn(note)
     left_out = written.comparison.left_out
     for case, why in list(left_out.items())[:MOST_LISTED]:
         console.warn(f"{case} is in no figure: {why}")
     if len(left_out) > MOST_LISTED:
         console.warn(f"and {len(left_out) - MOST_LISTED} more, see {SUMMARY_FILE}")
     console.done(f"{settings.out}: {', '.join(written.report['files'])}")
+
+
+def several_draws(draws: int) -> int:
+    """Check ``--draws``. Raises UsageError for a single one, which nothing could be compared with."""
+    if draws == 1:
+        raise UsageError("--draws 1: one draw has none to be compared with. Give 2 or more, or 0 for none.")
+    return draws
+
+
+def has_failures(written: Written) -> bool:
+    """Whether a case failed; those that not all methods have were left out because that was asked for."""
+    from sdseg_cli.core.engine.comparison import NOT_SHARED
+
+    return any(why != NOT_SHARED for why in written.comparison.left_out.values())
 
 
 # ---- sources --------------------------------------------------------------------------------------------
@@ -143,30 +173,67 @@ class _Found:
         return cls(source, "run" if model.reference.run is not None else "model", model)
 
 
+def _refuse_own_source(methods: Mapping[str, Sequence[Source]], out: Path) -> None:
+    for source in (source for group in methods.values() for source in group):
+        if Path(source.location).expanduser().resolve() == out.resolve():
+            raise UsageError(
+                f"--out {out} is one of the sources, and would be replaced. Choose another --out."
+            )
+
+
+def _check_data(models: Sequence[Model], settings: Settings) -> None:
+    """See that every model has its data, and say where its recipe has scores counted otherwise."""
+    counted = (settings.convention, settings.grid)
+    for model in models:
+        dataset_evidence(model.dataset(settings.data), settings.split)
+        if model.recipe is None:
+            continue
+        own = (str(model.recipe.evaluate.convention), str(model.recipe.evaluate.grid))
+        if own != counted:
+            console.warn(
+                f"{model.reference.location}: its recipe has scores counted with --convention {own[0]} "
+                f"--grid {own[1]}; compared are all with {counted[0]} and {counted[1]}."
+            )
+
+
 def _settled(settings: Settings, found: Sequence[_Found]) -> Settings:
-    """Fill in what is not said: the data of the first run, and how its recipe has scores counted."""
+    """Fill in what is not said: how scores are counted, by scores that are given or the first recipe."""
+    from sdseg_cli.core.engine.comparison_sources import counted_by
+
     recipe = next((one.model.recipe for one in found if one.model is not None and one.model.recipe), None)
+    scores = [counted_by(Path(one.source.location).expanduser()) for one in found if one.kind == "scores"]
     data = settings.data
     if data is None and any(one.kind == "masks" for one in found):
         if recipe is None:
             raise UsageError("a folder of masks is compared on a prepared dataset: name it with --data.")
         data = Path(recipe.data.dataset)
+    counted = {"convention": "standard", "grid": "case"}
+    if recipe is not None:
+        counted = {"convention": str(recipe.evaluate.convention), "grid": str(recipe.evaluate.grid)}
+    if scores:
+        counted = {name: str(scores[0][name]) for name in counted}
     return replace(
         settings,
         data=data,
-        convention=settings.convention or (recipe.evaluate.convention if recipe else "standard"),
-        grid=settings.grid or (recipe.evaluate.grid if recipe else "case"),
+        convention=settings.convention or counted["convention"],
+        grid=settings.grid or counted["grid"],
+        unnamed_split=len(scores) == len(found) and not any(one["split"] for one in scores),
     )
 
 
 def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
     from sdseg_cli.core.engine.comparison import ScoredRun
-    from sdseg_cli.core.engine.comparison_sources import read_scores, score_masks, scored
+    from sdseg_cli.core.engine.comparison_sources import (
+        read_scores,
+        score_masks,
+        scored,
+        unmatched_masks,
+    )
 
     convention, grid = str(settings.convention), str(settings.grid)
     folder = Path(found.source.location).expanduser()
     if found.kind == "scores":
-        return read_scores(folder, convention=convention, grid=grid)
+        return read_scores(folder, convention=convention, grid=grid, split=settings.split)
     if found.model is not None:
         return _score_model(found, found.model, title, settings)
     dataset = PreparedDataset.open(settings.data or "")
@@ -180,6 +247,8 @@ def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
         allow_missing=settings.allow_missing,
     )
     rows, failed = scored(list(console.progress(records, total, title, unit="cases")))
+    for name in unmatched_masks(folder, dataset.split(settings.split).case_ids):
+        console.warn(f"{folder}: {name} belongs to no case of the split, so it is not scored")
     return ScoredRun(str(folder), "masks", rows, failed, facts={"dataset": dataset.manifest.fingerprint})
 
 
@@ -225,7 +294,6 @@ def _score_model(found: _Found, model: Model, title: str, settings: Settings) ->
         "dataset": {"path": str(dataset.root), "fingerprint": dataset.manifest.fingerprint},
         "sampling": {"seed": settings.loading.get("seed", 0), **sampling},
         "precision": predictor.precision,
-        "batch_size": predictor.batch_size,
     }
     del predictor, measured  # before the next one is loaded
     gc.collect()
@@ -251,7 +319,8 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
     from sdseg_cli.core.reporting.figures import convergence_curves
 
     convention = str(settings.convention)
-    tables = comparison_tables(comparison, settings.split, convention)
+    split = None if settings.unnamed_split else settings.split
+    tables = comparison_tables(comparison, split, convention, str(settings.grid))
     curves: dict[str, list[Any]] = {}
     drawn: set[str] = set()
     for method in comparison.methods:
@@ -262,12 +331,13 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
     files = [f"{TABLE}.md", f"{TABLE}.csv", f"{TABLE}.tex", f"{COSTS}.csv", CASES_FILE]
     files += [*([CURVES_FILE] if curves else []), REPORT_FILE, SUMMARY_FILE]
     report = {
-        "split": settings.split,
+        "split": split,
         "convention": convention,
         "grid": settings.grid,
         "baseline": comparison.baseline,
         "cases": len(comparison.cases),
         "left_out": dict(comparison.left_out),
+        "notes": list(settings.notes),
         "classes": list(comparison.classes),
         "accuracy": accuracy_records(comparison),
         "costs": {method.name: asdict(mean_costs(method)) for method in comparison.methods},
@@ -277,9 +347,7 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
     }
     with whole_folder(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE) as folder:
         atomic_write(folder / f"{TABLE}.md", "\n".join(to_markdown(table) for table in tables))
-        latex = "".join(
-            to_latex(table, f"tab:sdseg-{number}") for number, table in enumerate(tables, start=1)
-        )
+        latex = "".join(map(to_latex, tables))
         atomic_write(folder / f"{TABLE}.tex", f"% \\usepackage{{booktabs}}\n{latex}")
         atomic_write(folder / f"{TABLE}.csv", to_csv(report["accuracy"]))
         atomic_write(folder / f"{COSTS}.csv", to_csv(cost_records(comparison)))
@@ -311,11 +379,15 @@ def _page(
     picture = folder / CURVES_FILE
     curves = webp_source(read_image(picture).pixels, longest=1200) if picture.is_file() else None
     facts = {
-        "Split": settings.split,
+        **({} if settings.unnamed_split else {"Split": settings.split}),
         "Grid": settings.grid,
         "Convention for empty masks": settings.convention,
         "Baseline": comparison.baseline,
-        **{method.name: ", ".join(run.location for run in method.runs) for method in comparison.methods},
+        "Compared": "; ".join(
+            f"{method.name}: {', '.join(run.location for run in method.runs)}"
+            for method in comparison.methods
+        ),
+        **({"Remarks": " ".join(settings.notes)} if settings.notes else {}),
         "Written": report["written"],
     }
     title = f"Comparison of {', '.join(method.name for method in comparison.methods)}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,10 +22,12 @@ from sdseg_cli.commands._comparing import (
     Source,
     Written,
     compare_and_write,
+    has_failures,
     refuse_several_processes,
+    several_draws,
     show_comparison,
 )
-from sdseg_cli.commands._measured import SUMMARY_FILE, file_name
+from sdseg_cli.commands._measured import SUMMARY_FILE, dataset_evidence, file_name
 from sdseg_cli.commands._options import (
     Device,
     DeviceOption,
@@ -33,7 +38,7 @@ from sdseg_cli.commands._options import (
 )
 from sdseg_cli.core.errors import Interrupted, SdsegError, UsageError
 from sdseg_cli.core.files import refuse_existing
-from sdseg_cli.core.run_directory import RunDirectory
+from sdseg_cli.core.run_directory import RunDirectory, to_json
 
 if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
@@ -81,11 +86,12 @@ def ablate(
         bool,
         typer.Option(
             "--final-test",
-            help="Then score the test split, once: with the first variant and the one best on validation.",
+            help="Then score the test split, once: for the first variant and the best of the others.",
         ),
     ] = False,
     draws: Annotated[
-        int, typer.Option("--draws", min=0, help="Draws of the noise whose masks are compared; 0 for none.")
+        int,
+        typer.Option("--draws", min=0, help="Draws of the noise that are compared, 2 or more; 0 for none."),
     ] = 5,
     launch: Annotated[
         str | None,
@@ -103,15 +109,16 @@ def ablate(
     """Train variants of a recipe and compare them: the paper's ablation tables by one command.
 
     The first variant is the baseline. Each is trained in a process of its own into OUT/runs; those that
-    differ in sampling.* alone share one training. Variants are compared on the validation split
-    (OUT/validation, as sdseg compare writes it), so that the test split chooses nothing. Stopped, the same
-    command goes on where it was; finished runs are kept.
+    differ in sampling.* alone share one training, whose model is chosen with the sampling of the first of
+    them. Variants are compared on the validation split (OUT/validation, as sdseg compare writes it), so that
+    the test split chooses nothing. Stopped while it trains, the same command goes on where it was; a finished
+    comparison is made again with --overwrite. Finished runs are kept in any case.
 
     Examples:
 
     sdseg ablate -r kseg --variants paper --seeds 0,1,2  # the paper's switches
 
-    sdseg ablate -r kseg-fast --variant "paper:" --variant "frozen: model.freeze_image_encoder=true"
+    sdseg ablate -r kseg-fast --variant "as it is:" --variant "frozen: model.freeze_image_encoder=true"
 
     sdseg ablate -r kseg --variant "one:" --variant "ten: sampling.num_inference_steps=10"
 
@@ -126,32 +133,36 @@ def ablate(
     from sdseg_cli.core.data.prepared import PreparedDataset
 
     for dataset in dict.fromkeys(job.recipe.data.dataset for job in jobs):
-        PreparedDataset.open(dataset)
-    command = [sys.executable] if launch is None else shlex.split(launch)
+        dataset_evidence(PreparedDataset.open(dataset), VALIDATION)
+    command = [sys.executable] if launch is None else _words("--launch", launch)
     failed = _train_all(recipe, jobs, command, device)
     left = [job for job in jobs if job.run not in failed]
     names = list(dict.fromkeys(job.name for job in left))
-    if len(names) < 2:
-        raise SdsegError(f"fewer than two variants could be trained: {'; '.join(failed.values())}")
+    if len(names) < 2 or names[0] != jobs[0].name:
+        raise SdsegError(
+            f"{'; '.join(failed.values())}. Without the baseline and one more there is nothing to compare: "
+            "mend them, and the same command trains what is missing."
+        )
     compared = Settings(
         VALIDATION,
         outs[0],
-        draws=draws,
+        notes=tuple(f"{why}; it is left out." for why in failed.values()),
+        draws=several_draws(draws),
         loading={"device": device.value},
         overwrite=overwrite,
         baseline=names[0],
     )
-    written = compare_and_write(_methods(left, names), compared)
-    show_comparison(written, compared, as_json=as_json and not final_test)
+    written = {VALIDATION: compare_and_write(_methods(left, names), compared)}
+    show_comparison(written[VALIDATION], compared, as_json=None if as_json else False)
     if final_test:
-        best = _best(written, names)
-        chosen = list(dict.fromkeys([names[0], best if best != names[0] else _second(written, names)]))
-        console.say(f"best on validation: {best}. The test split is scored for {' and '.join(chosen)}.")
-        tested = replace(compared, split=TEST, out=outs[1])
-        show_comparison(compare_and_write(_methods(left, chosen), tested), tested, as_json=as_json)
-    for why in failed.values():
-        console.warn(why)
-    if failed or written.comparison.left_out:
+        best = _best(written[VALIDATION], names[1:])
+        console.say(f"of the others {best} is best on validation: {names[0]} and {best} are tested")
+        tested = replace(compared, split=TEST, out=outs[1], notes=())
+        written[TEST] = compare_and_write(_methods(left, [names[0], best]), tested)
+        show_comparison(written[TEST], tested, as_json=None if as_json else False)
+    if as_json:
+        console.show_json({split: one.report for split, one in written.items()})
+    if failed or any(map(has_failures, written.values())):
         raise typer.Exit(3)
 
 
@@ -174,13 +185,14 @@ def _variants(file: str | None, given: Sequence[str]) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {} if file is None else _variants_of(file)
     for text in given:
         name, colon, options = text.partition(":")
-        if not colon or not name.strip():
+        name = " ".join(name.split())  # it heads a line of a table
+        if not colon or not name:
             raise UsageError(
                 f"--variant {text!r}: expected 'NAME: KEY=VALUE KEY=VALUE', or 'NAME:' for no change."
             )
-        if name.strip() in table:
-            raise UsageError(f"--variant {name.strip()}: there are two variants of this name.")
-        table[name.strip()] = shlex.split(options)
+        if name in table:
+            raise UsageError(f"--variant {name}: there are two variants of this name.")
+        table[name] = _words("--variant", options)
     if len(table) < 2:
         raise UsageError(
             "ablate: expected two variants or more, from --variants FILE or --variant 'NAME: KEY=VALUE'."
@@ -216,11 +228,23 @@ def _variants_of(name_or_file: str) -> dict[str, list[str]]:
     return table
 
 
+def _words(option: str, text: str) -> list[str]:
+    """Split as a shell does. Raises UsageError for nothing, or where a quotation does not end."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: {error}. Close the quotation mark.") from error
+    if not words and option == "--launch":
+        raise UsageError("--launch: expected a command, as in 'accelerate launch --multi_gpu'.")
+    return words
+
+
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    seeds = [int(part) for part in parts if re.fullmatch(r"[0-9]{1,9}", part)]
+    if len(seeds) < len(parts) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {text!r}: expected different whole numbers by commas, as in 0,1,2.")
-    return [int(part) for part in parts]
+    return seeds
 
 
 def _jobs(
@@ -229,17 +253,21 @@ def _jobs(
     """Every variant with every seed, checked: a mistake in the last is told before the first is trained."""
     from sdseg_cli.core.recipe import load_recipe
 
+    for name, options in {"--set": shared, **table}.items():
+        keys = [option.partition("=")[0].strip() for option in options]
+        if "train.seed" in keys:
+            raise UsageError(f"{name}: train.seed is said by --seeds. Leave it out.")
+        if name != "--set" and any(key.startswith("evaluate.") for key in keys):
+            raise UsageError(f"{name}: all variants are scored alike. Give evaluate.* by --set.")
     jobs: list[_Job] = []
-    trained: dict[tuple[str, ...], _Job] = {}
+    trained: dict[str, _Job] = {}
     for name, options in table.items():
         for seed in seeds:
             chosen = (*shared, *options, f"train.seed={seed}")
-            job = _Job(
-                name, seed, load_recipe(recipe, chosen), out / RUNS / f"{file_name(name)}-seed{seed}", chosen
-            )
+            run = out / RUNS / f"{file_name(name)}-seed{seed}"
+            job = _Job(name, seed, load_recipe(recipe, chosen), run, chosen)
             # Who differs from another in its sampling alone is not trained again.
-            alike = tuple(option for option in chosen if not option.strip().startswith("sampling."))
-            first = trained.setdefault(alike, job)
+            first = trained.setdefault(to_json({**job.recipe.values(), "sampling": None}), job)
             jobs.append(replace(job, run=first.run, settings=first.settings))
     return jobs
 
@@ -253,12 +281,8 @@ def _methods(jobs: Sequence[_Job], names: Sequence[str]) -> dict[str, list[Sourc
 
 def _best(written: Written, names: Sequence[str]) -> str:
     comparison = written.comparison
-    return max(names, key=lambda name: comparison.find(name, comparison.overall, "dice").summary.mean)
-
-
-def _second(written: Written, names: Sequence[str]) -> str:
-    """The best of those that are not the baseline, where the baseline is best itself."""
-    return _best(written, names[1:])
+    means = {name: comparison.find(name, comparison.overall, "dice").summary.mean for name in names}
+    return max(names, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
 
 
 # ---- doing it -------------------------------------------------------------------------------------------
@@ -315,14 +339,14 @@ def _run(command: list[str]) -> int:
     """Run a training on this terminal. Being stopped, stop it first, and wait until it has saved."""
     # In a group of its own it is told once, by us, whether Ctrl-C or a SIGTERM to this process came.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # noqa: S603  (our own)
-    while True:
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        console.say("stopping the training; the same command goes on where this one was")
+        os.killpg(process.pid, signal.SIGINT)  # a launcher would not pass it on
         try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait()
-            except KeyboardInterrupt:  # a second Ctrl-C is meant
-                process.kill()
-                process.wait()
-            raise
+            process.wait()
+        except KeyboardInterrupt:  # a second Ctrl-C is meant
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        raise

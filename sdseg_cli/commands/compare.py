@@ -11,12 +11,13 @@ from sdseg_cli.commands._comparing import (
     Settings,
     Source,
     compare_and_write,
+    has_failures,
     refuse_several_processes,
+    several_draws,
     show_comparison,
 )
 from sdseg_cli.commands._options import (
     BatchSizeOption,
-    Convention,
     ConventionOption,
     DataOption,
     Device,
@@ -26,7 +27,6 @@ from sdseg_cli.commands._options import (
     OverwriteOption,
     Precision,
     PrecisionOption,
-    ScoreGrid,
     SeedOption,
     Split,
     SplitOption,
@@ -37,7 +37,7 @@ from sdseg_cli.core.errors import UsageError
 DEFAULT_OUT = Path("comparison")
 
 DrawsOption = Annotated[
-    int, typer.Option("--draws", min=0, help="Draws of the noise whose masks are compared; 0 for none.")
+    int, typer.Option("--draws", min=0, help="Draws of the noise that are compared, 2 or more; 0 for none.")
 ]
 BaselineOption = Annotated[
     str | None,
@@ -85,8 +85,8 @@ def compare(
     """Put runs and other tools' masks side by side: accuracy, cost and stability on the same cases.
 
     Writes comparison.md, .csv and .tex (means with intervals, paired differences from the baseline with
-    their intervals and p-values), costs.csv (weights, training time and memory, images/s, agreement of
-    draws), cases.csv, curves.png (convergence of the runs) and report.html. Runs and models predict the
+    their intervals and p-values), costs.csv (weights, training time and memory, images/s, stability),
+    cases.csv, curves.png (convergence of the runs) and report.html. Runs and models predict the
     split now, one after the other, so that their speeds can be compared.
 
     Examples:
@@ -106,42 +106,53 @@ def compare(
     settings = Settings(
         split.value,
         out,
-        data,
-        baseline,
-        None if convention is None else Convention(convention).value,
-        None if grid is None else ScoreGrid(grid).value,
-        draws,
-        common,
-        allow_missing,
-        {"device": device.value, "precision": precision.value, "batch_size": batch_size, "seed": seed},
-        overwrite,
+        data=data,
+        baseline=baseline,
+        convention=None if convention is None else convention.value,
+        grid=None if grid is None else grid.value,
+        draws=several_draws(draws),
+        common=common,
+        allow_missing=allow_missing,
+        loading={
+            "device": device.value,
+            "precision": precision.value,
+            "batch_size": batch_size,
+            "seed": seed,
+        },
+        overwrite=overwrite,
     )
     written = compare_and_write(methods, settings)
     show_comparison(written, settings, as_json=as_json)
-    if written.comparison.left_out:
+    if has_failures(written):
         raise typer.Exit(3)
 
 
 def named(sources: list[str]) -> dict[str, list[Source]]:
-    """Read ``NAME=PATH`` or ``PATH``, named after its last part; sources of one name belong together.
+    """Read ``NAME=PATH`` or ``PATH``, named after its last part; sources of one given name belong together.
 
     Raises:
-        UsageError: fewer than two methods, or two unnamed sources whose names are one.
+        UsageError: fewer than two methods, a source given twice, or a name that means two things.
     """
     methods: dict[str, list[Source]] = {}
-    unnamed: dict[str, str] = {}
+    by_path: set[str] = set()
     for source in sources:
         name, equals, location = source.partition("=")
-        if not equals or Path(source).exists():
+        is_named = bool(equals) and not Path(source).exists()
+        if not is_named:
             path = Path(source)
             name, location = (path.parent.name if path.name == "model" else path.name) or source, source
-            if unnamed.setdefault(name, location) != location:
-                raise UsageError(
-                    f"{unnamed[name]} and {location} would both be called {name}. Name them: NAME={location}"
-                )
+        name = " ".join(name.split())  # it heads a line of a table
         if not name or not location:
             raise UsageError(f"{source!r}: expected NAME=RUN_OR_FOLDER, or the path alone.")
-        methods.setdefault(name, []).append(Source(location))
+        same = methods.setdefault(name, [])
+        if Path(location).resolve() in [Path(one.location).resolve() for one in same]:
+            raise UsageError(f"{location} was given twice for {name}. Give each run once.")
+        if same and (not is_named or name in by_path):
+            raise UsageError(
+                f"{same[0].location} and {location} would both be called {name}. Name them: NAME={location}"
+            )
+        same.append(Source(location))
+        by_path |= set() if is_named else {name}
     if len(methods) < 2:
         raise UsageError(
             "compare: one method was given, expected two or more. One alone: sdseg evaluate --model RUN"

@@ -128,12 +128,26 @@ def test_the_scores_of_a_run_and_of_masks_are_those_of_evaluate(place, masks, tm
         assert {r["case"]: r["dice"] for r in rows(out / "cases.csv") if r["method"] == name} == expected
     # And what evaluate wrote can be given in place of either.
     again = tmp_path / "again"
+    capsys.readouterr()
     assert sdseg("compare", tmp_path / "e", tmp_path / "m", "--split", "train", "--out", again, "--json") == 0
-    report = json.loads(
-        capsys.readouterr().out.split("\n", 1)[1] if False else (again / "summary.json").read_text()
-    )
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((again / "summary.json").read_text())
     assert report["methods"]["e"][0]["kind"] == "scores"
+    assert report["methods"]["e"][0]["dataset"]["split"] == "train"
     assert not (again / "curves.png").exists()
+    # Not of another split, and not counted otherwise.
+    assert sdseg("compare", tmp_path / "e", "runs/b", "--out", tmp_path / "x") == 1
+    assert "was scored with --split train, this comparison counts with test" in capsys.readouterr().err
+    options = ("--split", "train", "--convention", "sdseg")
+    assert sdseg("compare", tmp_path / "e", tmp_path / "m", *options, "--out", tmp_path / "x") == 1
+    assert "was scored with --convention standard" in capsys.readouterr().err
+    # Nor over one of the sources, nor from a torn table.
+    options = ("--split", "train", "--overwrite")
+    assert sdseg("compare", tmp_path / "e", tmp_path / "m", *options, "--out", tmp_path / "e") == 2
+    table = tmp_path / "m" / "cases.csv"
+    table.write_text(table.read_text()[:-40])
+    assert sdseg("compare", tmp_path / "e", tmp_path / "m", "--split", "train", "--out", tmp_path / "x") == 1
+    assert "cases.csv cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.faults
@@ -152,13 +166,22 @@ def test_a_torn_mask_leaves_its_case_out_by_name(place, masks, tmp_path, capsys)
     ("given", "message"),
     [
         (["runs/a"], "one method was given, expected two"),
-        (["runs/a", "./runs/a/model/../../a"], "would both be called a"),
+        (["runs/a", "runs/b/../a"], "was given twice for a"),
+        (["x=runs/a", "runs/x"], "would both be called x"),
+        (["runs/a", "runs/a", "runs/b"], "runs/a was given twice for a"),
+        (["a=runs/a", "a=runs/a", "runs/b"], "runs/a was given twice for a"),
+        (["runs/a", "runs/b", "--draws", "1"], "one draw has none to be compared with"),
         (["runs/a", "empty"], "empty holds no run, no model, no masks and no scores"),
         (["runs/a", "nowhere"], "nowhere does not exist"),
         (["runs/a", "runs/b", "--baseline", "c"], "there is no such method. There are: a, b"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_predicted(given, message, tmp_path, capsys):
+def test_what_cannot_be_compared_is_refused_before_anything_is_predicted(
+    given, message, tmp_path, capsys, monkeypatch
+):
+    from sdseg_cli.core.engine import inference
+
+    monkeypatch.setattr(inference, "load_predictor", None)  # whoever gets so far fails
     Path("empty").mkdir(exist_ok=True)
     assert sdseg("compare", *given, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
@@ -170,6 +193,7 @@ def test_missing_masks_are_named_or_scored_as_empty(masks, tmp_path, capsys):
     gone = sorted(masks.iterdir())[0]
     gone.unlink()
     given = ("runs/a", f"masks={masks}", "--split", "train", "--draws", 0, "--device", "cpu")
+    capsys.readouterr()
     assert sdseg("compare", *given, "--out", tmp_path / "out") == 1
     assert f"1 of 8 masks are missing: {gone.stem}" in capsys.readouterr().err
     assert sdseg("compare", *given, "--allow-missing", "--out", tmp_path / "out") == 0
@@ -205,10 +229,11 @@ BASE = ["--set", "data.dataset=phantom", *(part for setting in SETTINGS for part
 COMMON = ["ablate", "-r", "demo", *BASE, "--draws", 0, "--device", "cpu"]
 
 
-def test_variants_are_trained_once_compared_on_validation_and_the_best_is_tested(trainings, tmp_path):
+def test_variants_are_trained_once_compared_on_validation_and_the_best_is_tested(trainings, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["--variant", "base:", "--variant", "frozen: model.freeze_image_encoder=true", "--seeds", "0,1"]
-    assert sdseg(*COMMON, *given, "--final-test", "--out", out) == 0
+    assert sdseg(*COMMON, *given, "--final-test", "--json", "--out", out) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"validation", "test"}
     assert len(trainings) == 4
     assert sorted(path.name for path in (out / "runs").iterdir()) == [
         "base-seed0", "base-seed1", "frozen-seed0", "frozen-seed1",
@@ -237,10 +262,22 @@ def test_variants_of_sampling_alone_share_a_training(trainings, tmp_path):
 
 @pytest.mark.faults
 def test_a_variant_that_cannot_be_trained_is_left_out_by_name(trainings, tmp_path, capsys):
-    given = ["--variant", "a:", "--variant", "b: train.seed=1", "--variant", "wild: train.learning_rate=0.5"]
+    given = [
+        "--variant",
+        "a:",
+        "--variant",
+        "b: train.batch_size=2",
+        "--variant",
+        "wild: train.learning_rate=0.5",
+    ]
     assert sdseg(*COMMON, *given, "--out", tmp_path / "out") == 3
     assert "wild, seed 0: its training failed (exit code 1)" in capsys.readouterr().err
-    assert set(json.loads((tmp_path / "out/validation/summary.json").read_text())["methods"]) == {"a", "b"}
+    summary = json.loads((tmp_path / "out/validation/summary.json").read_text())
+    assert set(summary["methods"]) == {"a", "b"}
+    assert "wild" in summary["notes"][0]
+    swapped = ["--variant", "wild: train.learning_rate=0.5", "--variant", "a:"]
+    assert sdseg(*COMMON, *swapped, "--out", tmp_path / "other") == 1
+    assert "Without the baseline" in capsys.readouterr().err
 
 
 @pytest.mark.faults
@@ -274,6 +311,11 @@ def test_an_unfinished_run_is_continued_and_one_without_a_checkpoint_begins_agai
         (["--variant", "a", "--variant", "b:"], "expected 'NAME: KEY=VALUE"),
         (["--variant", "a:", "--variant", "b: train.stps=5"], "train.stps"),
         (["--variant", "a:", "--variant", "a:"], "two variants of this name"),
+        (["--variant", "a:", "--variant", "b: train.seed=3"], "b: train.seed is said by --seeds"),
+        (["--variant", "a:", "--variant", "b: evaluate.grid=model"], "all variants are scored alike"),
+        (["--variant", "a:", "--variant", "b: 'x"], "Close the quotation mark"),
+        (["--variant", "a:", "--variant", "b:", "--seeds", "²"], "expected different whole numbers"),
+        (["--variant", "a:", "--variant", "b:", "--launch", ""], "--launch: expected a command"),
         (["--variants", "no.yaml"], "one that sdseg ships: paper"),
         (["--variants", "bad.yaml"], "bad.yaml:2: b: expected a list of KEY=VALUE"),
         (["--variant", "a:", "--variant", "b:", "--seeds", "1,1"], "expected different whole numbers"),

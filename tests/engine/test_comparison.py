@@ -68,15 +68,24 @@ def test_several_classes_get_their_mean_of_each_case_where_it_is_defined():
     )
     assert found.classes == ("cup", "disc", "mean of classes")
     assert found.find("x", found.overall, "dice").cases == pytest.approx((0.4, 0.4))
-    titles = [table.title for table in comparison_tables(found, "test", "standard")]
+    titles = [table.title for table in comparison_tables(found, "test", "standard", "case")]
     assert titles == ["Comparison, split test", "Paired differences from x", "Dice of each class"]
+
+
+def test_distances_say_over_how_many_cases_they_are():
+    missed = run("x", [0.0, 0.8])
+    rows = tuple({**row, "hd95": math.inf} if row["case"] == "a" else row for row in missed.rows)
+    found = compare([Method("x", (ScoredRun("x", "run", rows),)), Method("y", (run("y", [0.5, 0.4]),))])
+    table = comparison_tables(found, "test", "standard", "case")[0]
+    at = table.columns.index("HD95 (px)")
+    assert [row[at] for row in table.rows] == ["3.00 (1 of 2)", "3.00"]
 
 
 def test_missed_structures_are_counted_a_run():
     ours = Method("ours", (run("x", [0.0, 0.8]), run("y", [0.5, 0.6])))
     found = compare([ours, Method("other", (run("z", [0.5, 0.4]),))])
     assert found.missed == {"ours": 0.5, "other": 0}
-    table = comparison_tables(found, "test", "standard")[0]
+    table = comparison_tables(found, "test", "standard", "case")[0]
     assert table.rows[0][table.columns.index("missed")] == "0.5"
 
 
@@ -107,6 +116,30 @@ def test_methods_of_other_classes_are_refused():
 
 
 @pytest.mark.faults
+def test_cases_of_one_name_that_hold_something_else_are_refused():
+    first, second = run("x", [0.9, 0.8]), run("y", [0.9, 0.8])
+    pixels = [{**row, "true_px": 40} for row in first.rows]
+    others = [{**row, "true_px": "40" if row["case"] == "a" else "41"} for row in second.rows]
+    methods = [
+        Method("x", (ScoredRun("x", "run", tuple(pixels)),)),
+        Method("y", (ScoredRun("y", "scores", tuple(others)),)),
+    ]
+    with pytest.raises(
+        DataError, match="case b is not the same everywhere: its polyp has 40 pixels in x, 41 in y"
+    ):
+        compare(methods)
+
+
+@pytest.mark.faults
+def test_a_case_without_a_row_for_every_class_is_refused():
+    torn = run("x", [(0.2, 0.6), (0.1, 0.4)], classes=("cup", "disc"))
+    torn = ScoredRun("x", "scores", torn.rows[:-1])
+    whole = run("y", [(0.2, 0.4), (0.1, 0.1)], classes=("cup", "disc"))
+    with pytest.raises(DataError, match=r"x: case b has not one row for each class \(cup, disc\)"):
+        compare([Method("y", (whole,)), Method("x", (torn,))])
+
+
+@pytest.mark.faults
 def test_without_scores_or_without_a_common_case_there_is_nothing_to_compare():
     other = Method("y", (run("y", [0.9]),))
     with pytest.raises(DataError, match=r"x: no case has a score: a.png is torn"):
@@ -119,15 +152,19 @@ def test_millimetres_and_pixels_are_not_averaged_into_one_column():
     methods = [Method("x", (run("x", [0.9, 0.8]),)), Method("y", (run("y", [0.5, 0.5], unit="mm"),))]
     found = compare(methods)
     assert found.unit == "mixed"
-    assert {entry.metric for entry in found.accuracies} == {"dice", "iou", "nsd"}
-    assert not any("HD95" in column for column in comparison_tables(found, "test", "standard")[0].columns)
+    assert {entry.metric for entry in found.accuracies} == {"dice", "iou"}
+    assert not any(
+        "HD95" in column for column in comparison_tables(found, "test", "standard", "case")[0].columns
+    )
 
 
 def test_costs_are_means_over_runs_and_what_nobody_knows_has_no_column():
     costs = [Costs(parameters=10, images_per_second=2.0), Costs(parameters=10, images_per_second=4.0)]
     method = Method("ours", tuple(run(str(n), [0.5], costs=cost) for n, cost in enumerate(costs)))
     assert mean_costs(method) == Costs(parameters=10, images_per_second=3.0)
-    table = comparison_tables(compare([method, Method("masks", (run("z", [0.5]),))]), "test", "standard")[-1]
+    table = comparison_tables(
+        compare([method, Method("masks", (run("z", [0.5]),))]), "test", "standard", "case"
+    )[-1]
     assert table.columns == ("method", "weights", "images/s")
     assert table.rows[1] == ("masks", "–", "–")
 

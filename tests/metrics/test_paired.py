@@ -36,6 +36,10 @@ def test_the_p_value_of_all_positive_differences_is_the_exact_one():
     assert found.p_value == pytest.approx(2 / 32)
 
 
+def test_a_difference_in_the_last_bit_is_none():
+    assert paired_difference([0.1 + 0.2, 0.5], [0.3, 0.5]).p_value == 1
+
+
 def test_equal_scores_do_not_differ():
     found = paired_difference([0.5, 0.6], [0.5, 0.6])
     assert (found.mean, found.low, found.high, found.p_value) == (0, 0, 0, 1)

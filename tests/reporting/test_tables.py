@@ -44,13 +44,14 @@ def test_an_interval_is_a_dash_where_there_is_none():
 def test_markdown_and_latex_hold_every_cell_as_it_is_written():
     table = Table("Scores", "50 % of A & B.", ("method", "Dice"), (("a|b_1", "0.4000"), ("ours", "∞")))
     markdown = to_markdown(table)
-    assert "| a\\|b_1" in markdown
+    assert "| a\\|b\\_1" in markdown
     assert "0.4000 |" in markdown
     assert markdown.startswith("**Scores**")
     assert markdown.rstrip().endswith("50 % of A & B.")
-    latex = to_latex(table, "tab:x")
+    latex = to_latex(table)
     assert r"\toprule" in latex
     assert r"a|b\_1" in latex
     assert r"$\infty$" in latex
     assert r"\caption{Scores. 50 \% of A \& B.}" in latex
+    assert r"\label{tab:scores}" in latex
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2

@@ -8,27 +8,31 @@ a case are averaged over them first, and the spread of their means is told besid
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sdseg_cli.core.engine.evaluation import MEAN_OF_CLASSES
+from sdseg_cli.core.engine.evaluation import DISTANCES, MEAN_OF_CLASSES
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.metrics.paired import PairedDifference, holm, paired_difference
 from sdseg_cli.core.metrics.summary import Summary, summarise
 
 COMPARED: tuple[str, ...] = ("dice", "iou", "hd95", "assd", "nsd")
-LOWER_IS_BETTER = ("hd95", "assd")
+NOT_SHARED = "not in every method"
+OF_ONE_UNIT = (*DISTANCES, "nsd")  # NSD forgives a distance
 
 
 @dataclass(frozen=True)
 class Costs:
     """What one run took to train and takes to predict; None where it is not known.
 
-    Memory is the GPU's where one was used, else the whole process's, in GiB; ``agreement`` is the mean Dice
-    between the masks of ``draws`` draws of the noise.
+    Memory is the GPU's where one was used, else the whole process's, in GiB. ``images_per_second`` is of
+    batches of ``batch_size`` in ``precision``. Stability is that of ``draws`` single draws of the noise:
+    ``agreement`` is the mean Dice between their masks; ``lpips``, ``psnr`` (dB), ``ssim`` and ``ms_ssim``
+    compare the scores of each with the first (see :mod:`sdseg_cli.core.engine.stability`).
     """
 
     parameters: int | None = None
@@ -40,8 +44,14 @@ class Costs:
     images_per_second: float | None = None
     prediction_memory_gib: float | None = None
     prediction_device: str | None = None
-    agreement: float | None = None
+    batch_size: int | None = None
+    precision: str | None = None
     draws: int | None = None
+    agreement: float | None = None
+    lpips: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    ms_ssim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,8 @@ class Comparison:
     """The methods on the cases that all of them have scores of.
 
     ``classes`` are the foreground classes, followed by their mean where there are several; ``left_out`` says
-    of cases why they are in no figure; ``missed`` counts the structures a method did not find, a run.
+    of cases why they are in no figure; ``missed`` and ``false_alarms`` count structures that a method did not
+    find or invented, a run.
     """
 
     methods: tuple[Method, ...]
@@ -118,6 +129,7 @@ class Comparison:
     unit: str
     accuracies: tuple[Accuracy, ...]
     missed: Mapping[str, float]
+    false_alarms: Mapping[str, float]
     left_out: Mapping[str, str]
 
     @property
@@ -164,6 +176,7 @@ def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: 
     }
     classes = _common_classes(methods)
     cases, left_out = _common_cases(methods, partial=partial)
+    _refuse_other_truth(methods)
     units = {str(row["distance_unit"]) for method in methods for run in method.runs for row in run.rows}
     unit = units.pop() if len(units) == 1 else "mixed"
     shown = (*classes, MEAN_OF_CLASSES) if len(classes) > 1 else classes
@@ -177,7 +190,7 @@ def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: 
         for name in names
         for class_name in shown
         for metric in COMPARED
-        if not (unit == "mixed" and metric in LOWER_IS_BETTER)  # millimetres and pixels have no mean
+        if not (unit == "mixed" and metric in OF_ONE_UNIT)  # millimetres and pixels have no mean
     }
     accuracies = []
     for class_name in shown:
@@ -188,17 +201,39 @@ def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: 
                 if (name, class_name, metric) in scores
             }
             accuracies += _accuracies(group, class_name, metric, chosen)
-    missed = {
-        name: sum(
-            table[case, name_of]["outcome"] == "missed"
-            for table in tables[name]
-            for case in cases
-            for name_of in classes
-        )
-        / len(tables[name])
-        for name in names
-    }
-    return Comparison(tuple(methods), chosen, cases, shown, unit, tuple(accuracies), missed, left_out)
+    missed, false_alarms = (
+        {name: _count(tables[name], cases, outcome) for name in names}
+        for outcome in ("missed", "false alarm")
+    )
+    return Comparison(
+        tuple(methods), chosen, cases, shown, unit, tuple(accuracies), missed, false_alarms, left_out
+    )
+
+
+def _count(
+    tables: Sequence[Mapping[tuple[str, str], Mapping[str, Any]]], cases: Sequence[str], outcome: str
+) -> float:
+    kept = set(cases)
+    found = sum(
+        row["outcome"] == outcome for table in tables for (case, _), row in table.items() if case in kept
+    )
+    return found / len(tables)
+
+
+def _refuse_other_truth(methods: Sequence[Method]) -> None:
+    """Cases are paired by their ids: what they hold must be the same, too, as far as it can be seen."""
+    seen: dict[tuple[str, str], tuple[int, str]] = {}
+    for run in (run for method in methods for run in method.runs):
+        for row in run.rows:
+            if row.get("true_px") in (None, ""):
+                continue
+            found = int(row["true_px"])
+            expected, where = seen.setdefault((row["case"], row["class"]), (found, run.location))
+            if found != expected:
+                raise DataError(
+                    f"case {row['case']} is not the same everywhere: its {row['class']} has {expected} "
+                    f"pixels in {where}, {found} in {run.location}. Compare on the same data and grid."
+                )
 
 
 def _accuracies(
@@ -259,14 +294,29 @@ def _common_classes(methods: Sequence[Method]) -> tuple[str, ...]:
     return next(iter(found.values()))
 
 
+def _refuse_torn(run: ScoredRun) -> None:
+    classes = {str(row["class"]) for row in run.rows}
+    found = Counter((str(row["case"]), str(row["class"])) for row in run.rows)
+    cases = dict.fromkeys(str(row["case"]) for row in run.rows)
+    wrong = [case for case in cases if any(found[case, name] != 1 for name in classes)]
+    if wrong:
+        raise DataError(
+            f"{run.location}: case {wrong[0]} has not one row for each class "
+            f"({', '.join(sorted(classes))}). Evaluate again."
+        )
+
+
 def _common_cases(methods: Sequence[Method], *, partial: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The cases that everybody has, in the order of the first run; and why others are left out."""
     runs = [run for method in methods for run in method.runs]
+    for run in runs:
+        _refuse_torn(run)
     scored = [dict.fromkeys(str(row["case"]) for row in run.rows) for run in runs]
     left_out = {case: f"{run.location}: {why}" for run in runs for case, why in run.failed.items()}
     common = tuple(case for case in scored[0] if all(case in other for other in scored))
     everybody = dict.fromkeys(case for cases in scored for case in cases)
-    missing = [case for case in everybody if case not in common and case not in left_out]
+    everywhere = set(common)
+    missing = [case for case in everybody if case not in everywhere and case not in left_out]
     if missing and not partial:
         lacking = [
             f"{run.location} lacks {', '.join(lacks[:5])}"
@@ -281,5 +331,5 @@ def _common_cases(methods: Sequence[Method], *, partial: bool) -> tuple[tuple[st
     if not common:
         raise DataError("the methods have no case in common, so there is nothing to compare.")
     for case in missing:
-        left_out[case] = "not in every method"
+        left_out[case] = NOT_SHARED
     return common, left_out

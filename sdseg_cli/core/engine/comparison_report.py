@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sdseg_cli.core.engine.comparison import COMPARED, LOWER_IS_BETTER, Accuracy, Comparison, Costs, Method
-from sdseg_cli.core.engine.evaluation import CONVENTION_TEXTS, MEAN_OF_CLASSES
+from sdseg_cli.core.engine.comparison import COMPARED, OF_ONE_UNIT, Accuracy, Comparison, Costs, Method
+from sdseg_cli.core.engine.evaluation import CONVENTION_TEXTS, DISTANCES, MEAN_OF_CLASSES
 from sdseg_cli.core.engine.report_parts import MOST_ROWS
 from sdseg_cli.core.reporting.charts import DotRow, dot_plot
 from sdseg_cli.core.reporting.page import (
@@ -25,39 +25,49 @@ from sdseg_cli.core.reporting.tables import cell, interval_cell
 MOST_CHARTED = 8  # methods of one chart
 
 
-def comparison_tables(comparison: Comparison, split: str, convention: str) -> list[Table]:
-    """All tables, those left out that would say nothing."""
+def comparison_tables(comparison: Comparison, split: str | None, convention: str, grid: str) -> list[Table]:
+    """All tables, those left out that would say nothing; ``split`` is None where the cases are of none."""
+    title = "Comparison" if split is None else f"Comparison, split {split}"
     tables = [
-        _accuracy_table(comparison, f"Comparison, split {split}", convention),
+        _accuracy_table(comparison, title, convention, grid),
         _difference_table(comparison),
         _class_table(comparison),
         _cost_table(comparison),
+        _stability_table(comparison),
     ]
     return [table for table in map(_without_empty_columns, tables) if len(table.columns) > 1]
 
 
-def _accuracy_table(comparison: Comparison, title: str, convention: str) -> Table:
+def _accuracy_table(comparison: Comparison, title: str, convention: str, grid: str) -> Table:
     """One row a method: means over the cases, and the interval of the Dice."""
     columns = ["method", "Dice", "95 % interval", "IoU", "NSD", f"HD95 ({comparison.unit})"]
-    columns += ["missed", "runs", "± of runs"]
+    columns += ["missed", "invented", "runs", "± of runs"]
     several_runs = any(len(method.runs) > 1 for method in comparison.methods)
     rows = []
     for method in comparison.methods:
         dice = comparison.find(method.name, comparison.overall, "dice")
         others = [_mean_of(comparison, method.name, metric) for metric in ("iou", "nsd")]
         distance = _mean_of(comparison, method.name, "hd95", digits=2)
-        missed = f"{comparison.missed[method.name]:g}" if any(comparison.missed.values()) else "–"
+        outcomes = [
+            f"{counts[method.name]:g}" if any(counts.values()) else "–"
+            for counts in (comparison.missed, comparison.false_alarms)
+        ]
         runs = [str(len(method.runs)), cell(dice.spread)] if several_runs else ["–", "–"]
-        rows.append((method.name, cell(dice.summary.mean), _interval(dice), *others, distance, missed, *runs))
-    return Table(title, _accuracy_caption(comparison, convention), tuple(columns), tuple(rows))
+        rows.append(
+            (method.name, cell(dice.summary.mean), _interval(dice), *others, distance, *outcomes, *runs)
+        )
+    return Table(title, _accuracy_caption(comparison, convention, grid), tuple(columns), tuple(rows))
 
 
-def _accuracy_caption(comparison: Comparison, convention: str) -> str:
+def _accuracy_caption(comparison: Comparison, convention: str, grid: str) -> str:
     over = "" if len(comparison.classes) == 1 else f", means over {len(comparison.classes) - 1} classes"
     left_out = f" {len(comparison.left_out)} cases are left out." if comparison.left_out else ""
+    structures = any(comparison.missed.values()) or any(comparison.false_alarms.values())
+    outcomes = " Structures missed and invented (false alarms) are counted a run." if structures else ""
     return (
-        f"{len(comparison.cases)} cases{over}; bootstrap intervals (BCa) of the mean.{left_out} "
-        f"Convention {convention!r}. {CONVENTION_TEXTS[convention]}"
+        f"{len(comparison.cases)} cases{over}, compared on the {grid}'s grid; 95 % bootstrap intervals of "
+        "the mean. HD95 is over the cases where it is finite, 'n of all' where those are not "
+        f"all.{outcomes}{left_out} Convention {convention!r}. {CONVENTION_TEXTS[convention]}"
     )
 
 
@@ -70,9 +80,10 @@ def _difference_table(comparison: Comparison) -> Table:
             continue
         interval = interval_cell(difference.low, difference.high)
         p_values = (_p_value(difference.p_value), _p_value(entry.p_adjusted))
-        rows.append((method.name, f"{difference.mean:+.4f}", interval, *p_values, str(difference.n)))
+        mean = "–" if math.isnan(difference.mean) else f"{difference.mean:+.4f}"
+        rows.append((method.name, mean, interval, *p_values, str(difference.n)))
     caption = (
-        f"Dice minus that of {comparison.baseline}, case by case; bootstrap intervals (BCa); two-sided "
+        f"Dice minus that of {comparison.baseline}, case by case; 95 % bootstrap intervals; two-sided "
         "p-values of the Wilcoxon signed-rank test, and adjusted over the methods by Holm."
     )
     columns = ("method", "difference", "95 % interval", "p", "p adjusted", "cases")
@@ -92,7 +103,7 @@ def _class_table(comparison: Comparison) -> Table:
 
 
 def _cost_table(comparison: Comparison) -> Table:
-    """One row a method: weights, training, prediction, agreement of draws of the noise; means over runs."""
+    """One row a method: weights, training, prediction; means over runs."""
     rows = []
     for method in comparison.methods:
         costs = mean_costs(method)
@@ -101,15 +112,52 @@ def _cost_table(comparison: Comparison) -> Table:
                 method.name,
                 "–" if costs.parameters is None else f"{costs.parameters / 1e6:.2f} M",
                 "–" if costs.training_seconds is None else format_duration(costs.training_seconds),
-                cell(costs.training_samples_per_second, 1),
                 cell(costs.training_memory_gib, 2),
+                cell(costs.training_samples_per_second, 1),
                 cell(costs.images_per_second, 1),
                 cell(costs.prediction_memory_gib, 2),
-                cell(costs.agreement),
+                cell(costs.batch_size),
             )
         )
-    columns = ("method", "weights", "trained", "samples/s", "GiB", "images/s", "GiB then", "agreement")
-    return Table("Cost and stability", _cost_caption(comparison), columns, tuple(rows))
+    columns = (
+        *("method", "weights", "training", "training GiB", "samples/s"),
+        *("images/s", "prediction GiB", "batch"),
+    )
+    return Table("Cost", _cost_caption(comparison), columns, tuple(rows))
+
+
+def _cost_caption(comparison: Comparison) -> str:
+    costs = [run.costs for method in comparison.methods for run in method.runs]
+    trained = sorted({one.training_device for one in costs if one.training_device})
+    predicted = sorted(
+        {f"{one.prediction_device} in {one.precision}" for one in costs if one.prediction_device}
+    )
+    parts = [f"Trained on {', '.join(trained)}."] if trained else []
+    if any("cpu" in name for name in trained):
+        parts.append("On a CPU the training's memory is that of the whole process.")
+    if predicted:
+        parts.append(
+            f"Predicted on {', '.join(predicted)}, one after the other: reading and prediction in batches, "
+            "no scoring, no writing."
+        )
+    return " ".join(parts)
+
+
+def _stability_table(comparison: Comparison) -> Table:
+    """One row a method: how far single draws of the noise agree; means over runs."""
+    rows = []
+    for method in comparison.methods:
+        costs = mean_costs(method)
+        figures = [cell(costs.lpips), cell(costs.psnr, 2), cell(costs.ssim), cell(costs.ms_ssim)]
+        rows.append((method.name, cell(costs.agreement), *figures))
+    draws = sorted({run.costs.draws for one in comparison.methods for run in one.runs if run.costs.draws})
+    caption = (
+        f"{', '.join(map(str, draws))} single draws of the noise. Agreement: mean Dice between their masks, "
+        "over all pairs; the others compare the predicted scores of each with the first (PSNR leaves out "
+        "pairs that are equal)."
+    )
+    columns = ("method", "agreement", "LPIPS", "PSNR (dB)", "SSIM", "MS-SSIM")
+    return Table("Stability", caption, columns, tuple(rows))
 
 
 def _without_empty_columns(table: Table) -> Table:
@@ -117,23 +165,6 @@ def _without_empty_columns(table: Table) -> Table:
     kept = [at for at in range(len(table.columns)) if at == 0 or any(row[at] != "–" for row in table.rows)]
     rows = tuple(tuple(row[at] for at in kept) for row in table.rows)
     return replace(table, columns=tuple(table.columns[at] for at in kept), rows=rows)
-
-
-def _cost_caption(comparison: Comparison) -> str:
-    costs = [run.costs for method in comparison.methods for run in method.runs]
-    trained = sorted({one.training_device for one in costs if one.training_device})
-    predicted = sorted({one.prediction_device for one in costs if one.prediction_device})
-    draws = {one.draws for one in costs if one.draws}
-    parts = [f"Trained on {', '.join(trained)}."] if trained else []
-    if predicted:
-        parts.append(
-            f"Predicted one after the other on {', '.join(predicted)}: reading and prediction, no writing."
-        )
-    if any(one.training_memory_gib for one in costs) and any("cpu" in name for name in trained):
-        parts.append("On a CPU the memory is that of the whole process.")
-    if draws:
-        parts.append(f"Agreement: mean Dice between the masks of {draws.pop()} draws of the noise.")
-    return " ".join(parts)
 
 
 def mean_costs(method: Method) -> Costs:
@@ -145,7 +176,7 @@ def mean_costs(method: Method) -> Costs:
             values[name] = known[0] if known else None
         else:
             mean = sum(known) / len(known)
-            values[name] = round(mean) if name in ("parameters", "training_steps", "draws") else mean
+            values[name] = round(mean) if isinstance(known[0], int) else mean
     return Costs(**values)
 
 
@@ -166,6 +197,7 @@ def accuracy_records(comparison: Comparison) -> list[dict[str, Any]]:
                 "low": entry.summary.low,
                 "high": entry.summary.high,
                 "median": entry.summary.median,
+                "interval_method": entry.summary.interval_method,
                 "cases": entry.summary.n,
                 "infinite": entry.summary.infinite,
                 "runs": len(entry.run_means),
@@ -174,9 +206,11 @@ def accuracy_records(comparison: Comparison) -> list[dict[str, Any]]:
                 "difference": difference.mean if difference else math.nan,
                 "difference_low": difference.low if difference else math.nan,
                 "difference_high": difference.high if difference else math.nan,
+                "difference_cases": difference.n if difference else None,
+                "difference_left_out": difference.left_out if difference else None,
                 "p_value": difference.p_value if difference else math.nan,
                 "p_adjusted": entry.p_adjusted,
-                "unit": comparison.unit if entry.metric in LOWER_IS_BETTER else "",
+                "unit": comparison.unit if entry.metric in DISTANCES else "",
             }
         )
     return records
@@ -227,6 +261,10 @@ def comparison_page(
         footer: the last line.
     """
     overall = [comparison.find(method.name, comparison.overall, "dice") for method in comparison.methods]
+    others = [entry for entry in overall if entry.method != comparison.baseline]
+    kept = {comparison.baseline, *(entry.method for entry in others[: MOST_CHARTED - 1])}
+    shown = [entry for entry in overall if entry.method in kept]
+    rest = f" The first {len(shown)} of {len(overall)} methods." if len(shown) < len(overall) else ""
     rows = [
         DotRow(
             entry.method,
@@ -235,12 +273,12 @@ def comparison_page(
             (entry.summary.low, entry.summary.high),
             highlighted=entry.method == comparison.baseline,
         )
-        for entry in overall[:MOST_CHARTED]
+        for entry in shown
     ]
     chart = Chart(
         "Dice of every case",
         "A dot is a case; the line is the mean, the bar its 95 % interval. "
-        f"Coloured: {comparison.baseline}, the baseline.",
+        f"Coloured: {comparison.baseline}, the baseline.{rest}",
         dot_plot(rows, x_label="Dice", description="Dice of every case, one row a method"),
     )
     figures = tuple(
@@ -249,7 +287,7 @@ def comparison_page(
             cell(entry.summary.mean),
             "baseline" if entry.difference is None else f"{_difference(entry)} from {comparison.baseline}",
         )
-        for entry in overall[:MOST_CHARTED]
+        for entry in shown
     )
     pictures: tuple[Picture, ...] = ()
     if curves is not None:
@@ -285,9 +323,11 @@ def _case_table(comparison: Comparison, overall: Sequence[Accuracy]) -> CaseTabl
 
 
 def _mean_of(comparison: Comparison, method: str, metric: str, digits: int = 4) -> str:
-    if metric in LOWER_IS_BETTER and comparison.unit == "mixed":
+    if metric in OF_ONE_UNIT and comparison.unit == "mixed":
         return "–"  # millimetres and pixels have no mean
-    return cell(comparison.find(method, comparison.overall, metric).summary.mean, digits)
+    summary = comparison.find(method, comparison.overall, metric).summary
+    counted = f" ({summary.n - summary.infinite} of {summary.n})" if summary.infinite else ""
+    return cell(summary.mean, digits) + counted
 
 
 def _interval(entry: Accuracy) -> str:

@@ -28,8 +28,10 @@ from sdseg_cli.core.engine.evaluation import (
 )
 from sdseg_cli.core.engine.evaluation_page import SelectedCases
 from sdseg_cli.core.engine.report_parts import evenly
-from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.errors import DataError, ModelError
 from sdseg_cli.core.metrics.overlap import Convention
+from sdseg_cli.core.metrics.similarity import PerceptualDistance, find_perceptual_trunk
+from sdseg_cli.core.metrics.surface import NSD_TOLERANCE
 
 if TYPE_CHECKING:
     from sdseg_cli.core.data.prepared import PreparedDataset, SplitView
@@ -37,40 +39,12 @@ if TYPE_CHECKING:
     from sdseg_cli.core.run_directory import RunDirectory
 
 SUMMARY_FILE, CASES_FILE = "summary.json", "cases.csv"
-MOST_SLICES_DRAWN = 50  # of a split, for the agreement of several draws
+_FACTS = ("model", "dataset", "sampling", "predictions")  # of a summary, for the report
+MOST_SLICES_DRAWN = 50  # of a split, for the stability of several draws
+MOST_SLICES_TIMED = 200
 
 
 # ---- runs and models ------------------------------------------------------------------------------------
-
-
-class TimedPredictor:
-    """A predictor that notes how long its predictions took, the reading of their images included."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-        self.seconds = 0.0
-        self.slices = 0
-
-    @property
-    def largest_component(self) -> bool:
-        """Whether the predictor cleans its masks."""
-        return self._predictor.largest_component
-
-    @largest_component.setter
-    def largest_component(self, value: bool) -> None:
-        self._predictor.largest_component = value
-
-    def __call__(self, inputs: Iterable[SliceInput]) -> Iterator[SlicePrediction]:
-        """Predict as the predictor does; time between two predictions in which nobody asks does not count."""
-        stream = iter(self._predictor(inputs))
-        while True:
-            started = time.perf_counter()
-            prediction = next(stream, None)
-            self.seconds += time.perf_counter() - started
-            if prediction is None:
-                return
-            self.slices += 1
-            yield prediction
 
 
 def score_model(
@@ -85,40 +59,47 @@ def score_model(
     """Predict a split, score it and measure what that costs; the costs come last.
 
     Args:
-        predictor: made with the same ``grid``; a first batch of it is predicted before the clock starts.
+        predictor: made with the same ``grid``; its speed is that of at most MOST_SLICES_TIMED slices.
         dataset: the prepared dataset.
         split: its split.
         convention: for empty masks.
         grid: ``case`` or ``model``.
-        draws: of the noise whose masks are compared on at most MOST_SLICES_DRAWN slices; below 2, none.
+        draws: of the noise that are compared on at most MOST_SLICES_DRAWN slices; below 2, none.
 
     Raises:
         DataError: model and dataset do not fit, or a slice cannot be decoded.
     """
     check_fit(predictor, dataset.manifest, dataset.root)
     view = dataset.split(split)
-    list(predictor(_inputs(view, range(min(len(view), predictor.batch_size)))))
-    predictor.looks.clear()
-    on_gpu = predictor.device.type == "cuda"
-    if on_gpu:
-        import torch
+    yield from evaluate_split(predictor, view, dataset.manifest.classes, convention=convention, grid=grid)
+    looks, predictor.looks = predictor.looks, []  # what comes now was looked at already
+    costs = _time_prediction(predictor, view)
+    if draws > 1:
+        costs = _with_stability(costs, predictor, view, draws)
+    predictor.looks = looks
+    yield costs
 
-        torch.cuda.reset_peak_memory_stats(predictor.device)
-    timed = TimedPredictor(predictor)
-    yield from evaluate_split(
-        timed,  # type: ignore[arg-type]  # what is asked of a predictor, it answers
-        view,
-        dataset.manifest.classes,
-        convention=convention,
-        grid=grid,
-    )
-    yield Costs(
+
+def _time_prediction(predictor: Predictor, view: SplitView) -> Costs:
+    """Predict slices once more with nothing else going on; the first batches came before."""
+    import torch
+
+    device = predictor.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    count = 0
+    started = time.perf_counter()
+    for _ in predictor(_inputs(view, evenly(len(view), MOST_SLICES_TIMED))):
+        count += 1
+    seconds = time.perf_counter() - started
+    on_gpu = device.type == "cuda"
+    return Costs(
         parameters=_count_weights(predictor),
-        images_per_second=timed.slices / timed.seconds if timed.seconds else None,
-        prediction_memory_gib=torch.cuda.max_memory_allocated(predictor.device) / 2**30 if on_gpu else None,
-        prediction_device=str(predictor.device),
-        agreement=_agreement(predictor, view, draws) if draws > 1 else None,
-        draws=draws if draws > 1 else None,
+        images_per_second=count / seconds,
+        prediction_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
+        prediction_device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        batch_size=predictor.batch_size,
+        precision=predictor.precision,
     )
 
 
@@ -147,26 +128,43 @@ def _inputs(view: SplitView, positions: Iterable[int]) -> Iterator[SliceInput]:
         yield SliceInput(current.case_id, current.slice_index, current.image, current.grid)
 
 
-def _agreement(predictor: Predictor, view: SplitView, draws: int) -> float | None:
-    """Mean Dice between the masks of single draws over slices and classes, as ``sdseg stability`` has it."""
-    from sdseg_cli.core.engine.stability import measure_stability
+def _with_stability(costs: Costs, predictor: Predictor, view: SplitView, draws: int) -> Costs:
+    """The means of ``sdseg stability`` over slices and classes: agreement of masks, the rest of scores."""
+    from sdseg_cli.core.engine.stability import measure_stability, slice_rows
 
-    own = {"num_samples": draws, "return_samples": True, "flips": (), "looks": []}  # looked at already
+    own = {"num_samples": draws, "return_samples": True, "flips": ()}
     kept = {name: getattr(predictor, name) for name in own}
     for name, value in own.items():
         setattr(predictor, name, value)
     try:
         inputs = _inputs(view, evenly(len(view), MOST_SLICES_DRAWN))
-        found = [
-            figure.dice_agreement
-            for record in measure_stability(predictor, inputs)
-            for figure in record.figures
-            if figure.kind == "maps" and not math.isnan(figure.dice_agreement)
-        ]
+        records = measure_stability(predictor, inputs, perceptual=_perceptual(str(predictor.device)))
+        rows = [row for record in records for row in slice_rows(record)]
     finally:
         for name, value in kept.items():
             setattr(predictor, name, value)
-    return sum(found) / len(found) if found else None
+
+    def mean(measure: str, kind: str) -> float | None:
+        values = [row[measure] for row in rows if row["kind"] == kind and math.isfinite(row[measure])]
+        return sum(values) / len(values) if values else None
+
+    return replace(
+        costs,
+        draws=draws,
+        agreement=mean("dice_agreement", "maps"),
+        lpips=mean("lpips", "scores"),
+        psnr=mean("psnr", "scores"),
+        ssim=mean("ssim", "scores"),
+        ms_ssim=mean("ms_ssim", "scores"),
+    )
+
+
+def _perceptual(device: str) -> PerceptualDistance | None:
+    """LPIPS, where its backbone is at hand."""
+    try:
+        return PerceptualDistance(find_perceptual_trunk(None), device=device)
+    except ModelError:
+        return None
 
 
 def _count_weights(predictor: Predictor) -> int | None:
@@ -247,6 +245,13 @@ def score_masks(
             yield FailedCase(case_id, str(error))
 
 
+def unmatched_masks(folder: Path, case_ids: Sequence[str]) -> list[str]:
+    """Names of a folder's masks that are of no case."""
+    known = set(case_ids)
+    masks = masks_by_name(folder, "predictions")
+    return [path.name for name, path in masks.items() if name not in known]
+
+
 def _mask_of(path: Path | None, selected: SelectedCases, num_classes: int) -> np.ndarray:
     grid = selected[0].grid
     if path is None:
@@ -268,41 +273,77 @@ def holds_scores(folder: Path) -> bool:
     try:
         with (folder / CASES_FILE).open(encoding="utf-8", newline="") as file:
             header = next(csv.reader(file), [])
-    except OSError:
+    except (OSError, UnicodeDecodeError, csv.Error):
         return False
     return (folder / SUMMARY_FILE).is_file() and {"case", "class", *METRICS} <= set(header)
 
 
-def read_scores(folder: Path, *, convention: str, grid: str) -> ScoredRun:
+def counted_by(folder: Path) -> dict[str, Any]:
+    """How scores were counted: ``convention``, ``grid``, ``nsd_tolerance``, ``split`` (None of folders).
+
+    Raises:
+        DataError: the summary is damaged.
+    """
+    summary = _summary_of(folder)
+    dataset = summary.get("dataset")
+    return {
+        "convention": summary.get("convention"),
+        "grid": summary.get("grid", "case"),
+        "nsd_tolerance": summary.get("nsd_tolerance", NSD_TOLERANCE),
+        "split": dataset.get("split") if isinstance(dataset, Mapping) else None,
+    }
+
+
+def _summary_of(folder: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / SUMMARY_FILE} cannot be read ({error}). Evaluate again.") from error
+    if not isinstance(summary, dict):
+        raise DataError(f"{folder / SUMMARY_FILE}: expected an object. Evaluate again.")
+    return summary
+
+
+def read_scores(folder: Path, *, convention: str, grid: str, split: str) -> ScoredRun:
     """Take the scores that ``sdseg evaluate`` wrote.
 
     Raises:
-        DataError: they were counted under another convention or on another grid, or are damaged.
+        DataError: they were counted otherwise, are of another split, or are damaged.
     """
+    found = counted_by(folder)
+    wanted = {"convention": convention, "grid": grid, "nsd_tolerance": NSD_TOLERANCE, "split": split}
+    for name, value in wanted.items():
+        if found[name] != value and not (name == "split" and found[name] is None):
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"{folder} was scored with {option} {found[name]}, this comparison counts with {value}. "
+                + (
+                    f"Compare with {option} {found[name]}, or evaluate"
+                    if name != "nsd_tolerance"
+                    else "Evaluate"
+                )
+                + " again."
+            )
+    summary = _summary_of(folder)
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         with (folder / CASES_FILE).open(encoding="utf-8", newline="") as file:
             rows = [_typed(row) for row in csv.DictReader(file)]
-        failed = {str(name): str(why) for name, why in summary.get("failed_cases", {}).items()}
-        found = {"convention": summary["convention"], "grid": summary.get("grid", "case")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        failed = {str(name): str(why) for name, why in dict(summary.get("failed_cases", {})).items()}
+        expected = int(summary["cases"]["scored"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
-            f"{folder}: the scores cannot be read ({type(error).__name__}: {error}). Evaluate again."
+            f"{folder / CASES_FILE} cannot be read ({type(error).__name__}: {error}). Evaluate again."
         ) from error
-    wanted = {"convention": convention, "grid": grid}
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise DataError(
-                f"{folder} was scored with --{name} {found[name]}, this comparison counts with {value}. "
-                f"Compare with --{name} {found[name]}, or evaluate again."
-            )
-    return ScoredRun(str(folder), "scores", tuple(rows), failed)
+    if (counted := len({row["case"] for row in rows})) != expected:
+        raise DataError(f"{folder / CASES_FILE} holds {counted} cases, expected {expected}. Evaluate again.")
+    facts = {name: value for name, value in summary.items() if name in _FACTS}
+    return ScoredRun(str(folder), "scores", tuple(rows), failed, facts=facts)
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    lacking = {"case", "class", "outcome", "distance_unit"} - set(row)
-    if lacking:
-        raise ValueError(f"{CASES_FILE} has no column {', '.join(sorted(lacking))}")
+    lacking = [name for name in ("case", "class", "outcome", "distance_unit") if not row.get(name)]
+    if lacking or None in row or None in row.values():
+        raise ValueError(f"a row without {', '.join(lacking) or 'all columns'}")
     numbers = {name: float(row[name]) if row[name] else math.nan for name in METRICS}
     return {**row, **numbers}
 

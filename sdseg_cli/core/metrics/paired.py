@@ -51,7 +51,8 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"{first.size} scores against {second.size}: they are not of the same cases")
     both = np.isfinite(first) & np.isfinite(second)
-    difference = first[both] - second[both]
+    # Rounded: the mean of equal numbers may differ from them in its last bit, and ranks would see that.
+    difference = np.round(first[both] - second[both], 12)
     low, high, _ = bootstrap_interval(difference, seed=seed, resamples=resamples)
     return PairedDifference(
         float(difference.mean()) if difference.size else math.nan,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdseg_cli.core.reporting.page import Table
 
+_MARKDOWN_SIGNS = re.compile(r"[\\|<*_`]")
 # What LaTeX sets in text only by a command; the rest is escaped by the library.
 _LATEX_SIGNS = {"–": "--", "±": r"$\pm$", "∞": r"$\infty$", "−": "$-$", "×": r"$\times$", "Δ": r"$\Delta$"}
 
@@ -38,39 +40,28 @@ def to_csv(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None =
 
 
 def to_markdown(table: Table) -> str:
-    """Write a table as Markdown with its title above and its caption below; names may hold bars."""
+    """Write a table as Markdown with its title above and its caption below; names may hold any character."""
     from tabulate import tabulate
 
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in table.rows]
+    rows = [[_MARKDOWN_SIGNS.sub(r"\\\g<0>", cell) for cell in row] for row in table.rows]
     body = tabulate(rows, table.columns, "pipe", colalign=_alignment(table), disable_numparse=True)
     return f"**{table.title}**\n\n{body}\n\n{table.caption}\n"
 
 
-def to_latex(table: Table, label: str) -> str:
-    """Write a table as a LaTeX ``table`` with the rules of the package booktabs.
+def to_latex(table: Table) -> str:
+    """Write a table as a LaTeX ``table`` with the rules of the package booktabs; all text is escaped.
 
-    Args:
-        table: of text; every character that LaTeX would read is escaped.
-        label: what ``\\ref`` calls it.
+    Its label is ``tab:`` and its title in small letters.
     """
-    from tabulate import tabulate
+    from tabulate import LATEX_ESCAPE_RULES, tabulate
 
     body = tabulate(
         table.rows, table.columns, "latex_booktabs", colalign=_alignment(table), disable_numparse=True
     )
-    caption = tabulate([[f"{table.title}. {table.caption}"]], tablefmt="latex", disable_numparse=True)
-    text = (
-        caption.splitlines()[2].removesuffix(r"\\").strip()
-    )  # the only row, escaped as the table's cells are
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{text}}}",
-        rf"\label{{{label}}}",
-        body,
-        r"\end{table}",
-    ]
-    written = "\n".join(lines)
+    caption = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in f"{table.title}. {table.caption}")
+    label = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\label{{tab:{label}}}", body]
+    written = "\n".join([*lines, r"\end{table}"])
     for sign, command in _LATEX_SIGNS.items():
         written = written.replace(sign, command)
     return written + "\n"
