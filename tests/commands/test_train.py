@@ -392,7 +392,7 @@ def test_an_out_that_cannot_be_a_folder_is_refused(sdseg, recipe, tmp_path):
     code, _, err = sdseg("train", "-r", recipe, "--out", "file", "--device", "cpu")
     assert (code, "file is a file, expected a folder for the run" in err) == (2, True)
     code, _, err = sdseg("train", "-r", recipe, "--out", "file/run", "--device", "cpu")
-    assert (code, "file/run cannot be made" in err) == (2, True)
+    assert (code, "file/run cannot be written: file: Not a directory" in err) == (2, True)
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -23,7 +23,7 @@ def rows_of(decorator: ast.expr) -> list[int]:
     return []
 
 
-def tested_rows() -> dict[int, list[str]]:
+def rows_with_tests() -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for file in sorted(TESTS.rglob("test_*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -44,12 +44,12 @@ def test_the_rows_are_numbered_and_each_is_held_by_a_test():
     numbers = rows()
     assert numbers == list(range(1, len(numbers) + 1))
     assert len(numbers) == 28
-    tested = tested_rows()
+    tested = rows_with_tests()
     assert sorted(tested) == numbers
 
 
 def test_a_row_is_held_where_a_user_meets_it():
     """Not by a part of the program alone: every row has a test of a whole command."""
     commands = ("faults/", "commands/", "engine/test_checkpoints.py")
-    for row, tests in tested_rows().items():
+    for row, tests in rows_with_tests().items():
         assert any(test.startswith(commands) for test in tests), f"row {row}: {tests}"
