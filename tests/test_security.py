@@ -343,6 +343,17 @@ def test_prediction_and_training_open_no_connection(model, tiny_recipe, tmp_path
     assert found == {"code": 0, "seen": []}
 
 
+def test_openvino_is_loaded_without_its_telemetry(tmp_path):
+    pytest.importorskip("openvino")
+    pytest.importorskip("openvino_telemetry")
+    code = (
+        "import sys; from sdseg_cli.core.model.exported import _import; _import('openvino').convert_model; "
+        "sys.exit(sum(name.startswith('openvino_telemetry') and bool(module) "
+        "for name, module in sys.modules.items()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=200).returncode == 0
+
+
 def test_the_watch_sees_a_connection(tmp_path):
     found = connections(
         *("prepare", "kseg", "--source", "http://127.0.0.1:9/x.zip", "--out", "data"), folder=tmp_path

@@ -150,6 +150,7 @@ def test_a_nifti_mask_keeps_codes_and_description_of_the_scan(tmp_path: Path) ->
     image.set_sform(oblique(), code=4)
     image.set_qform(shifted, code=1)
     image.header["descrip"] = b"ward 7"
+    image.header["db_name"], image.header["aux_file"] = b"Kowalczyk^Zofia", b"zofia.txt"
     nibabel.save(image, tmp_path / "scan.nii.gz")
     volume = read_volume(tmp_path / "scan.nii.gz")
     assert any("sform and qform differ" in note for note in volume.notes)
@@ -159,6 +160,9 @@ def test_a_nifti_mask_keeps_codes_and_description_of_the_scan(tmp_path: Path) ->
     np.testing.assert_allclose(mask.get_qform(), shifted, atol=1e-4)
     assert np.array_equal(mask.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
     assert mask.header["descrip"].item() == b"ward 7"
+    assert (
+        mask.header["db_name"].item() == mask.header["aux_file"].item() == b""
+    )  # of the patient, not the grid
     assert mask.get_data_dtype() == np.uint8
 
 

@@ -22,6 +22,7 @@ from sdseg_cli.core.grid import Grid, Resize
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MANIFEST_FILE = "dataset.json"
 FORMAT_VERSION = 1
+_COLUMNS = {"case_id", "slice_index", "group", "image", "label_map", "height", "width", "spacing_mm"}
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,11 @@ def _load_split(root: Path, name: str, length: int) -> Any:
             table = table.cast_column(column, datasets.Image(decode=False))
         # Offsets that lead outside the file would end the process; the bytes they lead to are not read here.
         table.data.table.validate(full=True)
+        absent = _COLUMNS - table[0].keys() if len(table) else set()  # as its own description has them
     except Exception as error:  # arrow and json raise their own families on damaged files
         raise DataError(f"{root / name}: the split cannot be read ({error}). {_remedy(root)}") from error
+    if absent:
+        raise DataError(f"{root / name}: has no column {', '.join(sorted(absent))}. {_remedy(root)}")
     if len(table) != length:
         raise DataError(f"{root / name}: holds {len(table)} slices, expected {length}. {_remedy(root)}")
     return table

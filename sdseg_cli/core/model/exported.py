@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,6 +171,9 @@ def write_graph(
 
 
 def _import(library: str) -> Any:
+    if library == "openvino":
+        # Its import would report itself to its makers; without this module it takes an empty one of its own.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(library)
     except ImportError as error:
