@@ -63,7 +63,9 @@ def verify(
 
 
 def _show(path: Path, parts: list[Part], found: list[Difference]) -> None:
-    rows = [(str(part.folder), part.kind, len(part.sums), _megabytes(part)) for part in parts]
+    rows = [
+        (str(part.folder.relative_to(path)), part.kind, len(part.sums), _megabytes(part)) for part in parts
+    ]
     console.show_table(("folder", "kind", "files listed", "MB"), rows, title=f"{path}")
     for difference in found[:MOST_LISTED]:
         console.warn(str(difference))

@@ -85,8 +85,12 @@ def model_folder(location: str) -> Path | None:
     if Path(location).is_dir():
         return Path(location)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
-    found = try_to_load_from_cache(location, "model_index.json")
+    try:
+        found = try_to_load_from_cache(location, "model_index.json")
+    except HFValidationError:  # a path that is not there
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -97,7 +101,7 @@ def model_sum(location: str | Path) -> str | None:
         location: folder or hub id of a model, an exported model or a decoder.
 
     Returns:
-        64 hexadecimal digits; None for a hub id that is not in the cache.
+        64 hexadecimal digits; None where there is no such folder, in the hub's cache neither.
     """
     folder = model_folder(str(location))
     if folder is None:

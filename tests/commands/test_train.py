@@ -60,7 +60,7 @@ def test_a_training_leaves_a_run_directory_with_everything(sdseg, recipe, tmp_pa
     run = RunDirectory.open(tmp_path / "run")
     assert {path.name for path in run.root.iterdir()} == {
         "recipe.yaml", "run.json", "metrics.jsonl", "curves.png", "checkpoints", "model", "validation",
-        ".lock",
+        "manifest.json", ".lock",
     }  # fmt: skip
     fields = run.read_run_json()
     assert fields["status"] == "finished"
