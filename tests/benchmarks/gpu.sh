@@ -17,17 +17,16 @@ here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 mkdir -p "$out"
 export PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}"
-sdseg() { "$python" -m sdseg_cli "$@"; }
 part() { # name, seconds, command
-  local name=$1 limit=$2 begun=$SECONDS
+  local name=$1 limit=$(($2 * patience)) begun=$SECONDS
   shift 2
   timeout "$limit" "$@" > "$out/$name.txt" 2> "$out/$name.log"
   echo "$name: exit $?, $((SECONDS - begun)) s"
 }
 
-size=256 steps=1200 minutes=2 speed=(--rounds 3 --repeats 5 --training-batch 16)
+size=256 steps=1200 minutes=2 patience=1 speed=(--rounds 3 --repeats 5 --training-batch 16)
 if [ -n "$quick" ]; then
-  size=32 steps=4 minutes=1 speed=(--quick --tiny --size 32 --rounds 1 --runtimes)
+  size=32 steps=4 minutes=1 patience=10 speed=(--quick --tiny --size 32 --rounds 1 --runtimes)
 fi
 part speed 330 "$python" "$here/speed.py" --device "$device" --out "$out" "${speed[@]}" --only \
   "paper fp32" "paper fp16" "paper bf16 channels-last" "decoder bf16 channels-last" \

@@ -47,6 +47,7 @@ from sdseg_cli.core.model.unet import SDSegUNet
 
 BATCHES = (1, 16)
 TRAINED_BATCH = 16
+BUSY = False  # set by --busy: seconds of this process's one thread, in place of the clock's
 # Those for which ``sdseg export`` has what it needs.
 RUNTIMES = [
     kind
@@ -308,12 +309,13 @@ def synchronize(device: torch.device) -> None:
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Seconds of one call, over a few in a row."""
+    clock = time.process_time if BUSY else time.perf_counter
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         work()
     synchronize(device)
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def matrix_rate(device: torch.device, precision: str, side: int) -> float:
@@ -453,6 +455,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: not with --quick")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="images at a time")
     parser.add_argument("--training-batch", type=int, help="images of a training step (16; 2 with --quick)")
+    parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread: others compute too")
     parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--runtimes", nargs="*", default=RUNTIMES, help="of exported graphs, on a CPU")
     parser.add_argument("--only", nargs="*", metavar="WORDS", help="variants whose names hold one of these")
@@ -466,6 +469,10 @@ def main(arguments: list[str] | None = None) -> dict:
     options.matrix = 512 if options.tiny else 2048 if quick else 8192
     options.compile = (not quick) if options.compile is None else options.compile
     torch.set_flush_denormal(True)
+    if options.busy:
+        global BUSY  # noqa: PLW0603
+        BUSY = True
+        torch.set_num_threads(1)
     report = measure(options)
     text = "\n".join(table(report)) + "\n"
     print(text)

@@ -54,7 +54,7 @@ def changed(change: str) -> Iterator[None]:
     """Build a training without its cache, or with weights laid out as on a GPU."""
     most, layout = training.MOST_BYTES, training.use_channels_last
 
-    def laid_out(networks: list, _device: torch.device) -> None:
+    def laid_out(networks: list, _device: torch.device, *, training: bool) -> None:
         for network in networks:
             network.to(memory_format=torch.channels_last)
 
