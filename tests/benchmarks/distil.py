@@ -57,7 +57,7 @@ def train_kl(
     network.train()
     for step in range(steps):
         generator = generator_for("kl", step)
-        side, batch = (crop, 16) if step % 2 else (min(2 * crop, masks[0].shape[0]), 4)
+        side, batch = (crop, 8) if step % 2 else (min(2 * crop, masks[0].shape[0]), 2)
         truth = torch.stack([random_crop(masks, side, generator) for _ in range(batch)])
         pixels = truth[:, None].expand(-1, 3, -1, -1) * 2 - 1
         encoded = network.encode(pixels).latent_dist

@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="0 measures the cost alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--cases", type=int, default=150)
@@ -133,15 +133,16 @@ def main() -> None:
             + f"; ratio {spent['class_conditional'] / spent['joint']:.1f}",
             flush=True,
         )
+    if not arguments.steps:
+        return
     data = arguments.out / "organs"
     if not data.exists():
         sdseg(
             *("prepare", "phantom", "--kind", "organs", "--cases", str(arguments.cases), "--workers", "1"),
             *("--size", str(arguments.size), "--out", str(data)),
         )
-    if arguments.steps:
-        for word, values in compare(arguments).items():
-            print(f"{word}: median of validation Dice {statistics.median(values):.4f}")
+    for word, values in compare(arguments).items():
+        print(f"{word}: median of validation Dice {statistics.median(values):.4f}")
 
 
 if __name__ == "__main__":

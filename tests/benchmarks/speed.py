@@ -46,7 +46,8 @@ from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
 
 BATCHES = (1, 16)
-TRAINED_BATCH = 8
+TRAINED_BATCH = 16
+BUSY = False  # set by --busy: seconds of this process's one thread, in place of the clock's
 # Those for which ``sdseg export`` has what it needs.
 RUNTIMES = [
     kind
@@ -64,12 +65,14 @@ class Variant:
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
+    recompute: bool = False  # activations, in the backward pass
     runtime: str = ""  # onnx or openvino: the graph that ``sdseg export`` writes, in place of PyTorch
 
     @property
     def name(self) -> str:
         words = [self.family, self.precision, *[self.runtime] * bool(self.runtime)]
         words += ["channels-last"] * self.channels_last + ["compiled"] * self.compiled
+        words += ["recomputed"] * self.recompute
         return " ".join(words)
 
 
@@ -168,8 +171,10 @@ def variants(device: torch.device, compile_too: bool, runtimes: Sequence[str]) -
         found += [Variant(family, half, True)]
         if compile_too:
             found += [Variant(family, "fp32", compiled=True), Variant(family, half, True, True)]
+        if family == "paper":
+            found.append(Variant(family, half, True, recompute=True))
         if device.type == "cuda":
-            found.append(Variant(family, "fp16", True))
+            found += [Variant(family, "fp16"), Variant(family, "fp16", True)]
         else:
             found += [Variant(family, runtime=kind) for kind in runtimes]
     return found
@@ -191,6 +196,9 @@ class Subject:
                 part.to(memory_format=torch.channels_last)
             if variant.compiled:
                 part.compile(dynamic=False)
+        if variant.recompute:
+            self.model.unet.enable_gradient_checkpointing()
+            self.model.image_encoder.enable_gradient_checkpointing()
         networks = [part for name, part in self.parts.items() if name != "decoder"]
         self.trained = [parameter for part in networks for parameter in part.parameters()]
         self.optimizer: torch.optim.Optimizer | None = None
@@ -301,12 +309,13 @@ def synchronize(device: torch.device) -> None:
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Seconds of one call, over a few in a row."""
+    clock = time.process_time if BUSY else time.perf_counter
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         work()
     synchronize(device)
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def matrix_rate(device: torch.device, precision: str, side: int) -> float:
@@ -337,7 +346,6 @@ def measure(options: argparse.Namespace) -> dict:
         if not options.only or any(word in variant.name for word in options.only)
     ]
     results = {variant: Result(variant.name) for variant in chosen}
-    batches = [count for count in BATCHES if count <= options.largest_batch]
     for number in range(options.rounds):
         for variant in chosen:
             result = results[variant]
@@ -345,7 +353,7 @@ def measure(options: argparse.Namespace) -> dict:
                 continue
             print(f"round {number + 1}/{options.rounds}: {variant.name}", file=sys.stderr)
             try:
-                one_round(variant, result, device, batches, options)
+                one_round(variant, result, device, options)
             except Exception as error:
                 result.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             gc.collect()
@@ -364,15 +372,14 @@ def measure(options: argparse.Namespace) -> dict:
         "size": options.size,
         "tiny_networks": options.tiny,
         "rounds": options.rounds,
+        "batches": list(options.batches),
         "training_batch": options.training_batch,
         "matrix_product_gflops": rates,
         "variants": [asdict(result) for result in results.values()],
     }
 
 
-def one_round(
-    variant: Variant, result: Result, device: torch.device, batches: list[int], options: argparse.Namespace
-) -> None:
+def one_round(variant: Variant, result: Result, device: torch.device, options: argparse.Namespace) -> None:
     """Build a variant anew, warm it up and time it; the memory of others is not in its figures."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -380,7 +387,7 @@ def one_round(
         counted = counted_flops(variant.family, str(device), options.size, options.tiny)
         result.gflop_per_image, result.shares = counted
     subject = Subject(variant, device, options.size, options.tiny)
-    for count in batches:
+    for count in options.batches:
         given = subject.inputs(count)
         for _ in range(options.warm_up):
             subject.predict(*given)
@@ -417,14 +424,16 @@ def table(report: dict) -> Iterator[str]:
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in report["matrix_product_gflops"].items())
     yield f"matrix product, GFLOP/s: {rates}"
     yield ""
-    yield "| networks | GFLOP | shares | images/s (1) | images/s (16) | of the limit | samples/s | GiB |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    columns = ["networks", "GFLOP", "shares", *(f"images/s ({count})" for count in report["batches"])]
+    columns += ["of the limit", "samples/s", "GiB"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{' --- |' * len(columns)}"
     for row in report["variants"]:
         if row["reason"]:
-            yield f"| {row['name']} | {row['reason']} | | | | | | |"
+            yield f"| {row['name']} | {row['reason']} |{' |' * (len(columns) - 2)}"
             continue
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
-        speeds = [f"{row['images_per_second'].get(str(count), float('nan')):.1f}" for count in BATCHES]
+        speeds = [f"{row['images_per_second'][str(count)]:.1f}" for count in report["batches"]]
         limit = max(row["fraction_of_limit"].values(), default=float("nan"))
         trained = "" if row["samples_per_second"] is None else f"{row['samples_per_second']:.1f}"
         yield (
@@ -444,6 +453,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="few repeats and small batches, for a CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny networks: only shows that it runs")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: not with --quick")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="images at a time")
+    parser.add_argument("--training-batch", type=int, help="images of a training step (16; 2 with --quick)")
+    parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread: others compute too")
     parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--runtimes", nargs="*", default=RUNTIMES, help="of exported graphs, on a CPU")
     parser.add_argument("--only", nargs="*", metavar="WORDS", help="variants whose names hold one of these")
@@ -453,11 +465,14 @@ def main(arguments: list[str] | None = None) -> dict:
     options.rounds = options.rounds or (3 if quick else 7)
     options.repeats = options.repeats or (1 if quick else 10)
     options.warm_up = 1 if quick else 3
-    options.largest_batch = 16
-    options.training_batch = 2 if quick else TRAINED_BATCH
+    options.training_batch = options.training_batch or (2 if quick else TRAINED_BATCH)
     options.matrix = 512 if options.tiny else 2048 if quick else 8192
     options.compile = (not quick) if options.compile is None else options.compile
     torch.set_flush_denormal(True)
+    if options.busy:
+        global BUSY  # noqa: PLW0603
+        BUSY = True
+        torch.set_num_threads(1)
     report = measure(options)
     text = "\n".join(table(report)) + "\n"
     print(text)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine import dry_run
@@ -101,9 +102,7 @@ def test_memory_counts_weights_gradients_moments_and_averages(tiny_recipe):
 
 
 @pytest.mark.parametrize("encoder", [{}, TIMM], ids=["kl", "timm"])
-def test_the_activations_are_what_the_backward_pass_keeps(encoder, tiny_recipe):
-    from torch.autograd.graph import saved_tensors_hooks
-
+def test_the_activations_are_a_little_more_than_what_the_backward_pass_keeps(encoder, tiny_recipe):
     recipe = tiny_recipe({**encoder, "train.batch_size": 2, "model.fusion": "multiscale"})
     network = TrainableNetwork(build_networks(recipe, 2), freeze_image_encoder=False, recompute=False).train()
     own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
@@ -119,7 +118,26 @@ def test_the_activations_are_what_the_backward_pass_keeps(encoder, tiny_recipe):
     with saved_tensors_hooks(note, lambda tensor: tensor):
         network(torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.long), None)
     estimate = examine(recipe, device="cpu").memory_parts_gib["activations"] * 2**30
-    assert estimate == pytest.approx(sum(kept.values()), rel=0.1)
+    # The gradient of one weight is there before it is added to the others.
+    gradient = max(4 * parameter.numel() for parameter in network.parameters())
+    assert sum(kept.values()) < estimate < 1.2 * sum(kept.values()) + 2 * gradient
+
+
+def test_recomputed_activations_are_fewer_and_not_only_those_that_are_kept(tiny_recipe):
+    changes = {"model.unet_channels": [64, 64], "model.unet_blocks": 3}
+    recipe = tiny_recipe({**changes, "train.batch_size": 1})
+    frugal = tiny_recipe({**changes, "train.batch_size": 1, "train.gradient_checkpointing": True})
+    whole, less = (
+        examine(chosen, device="cpu").memory_parts_gib["activations"] for chosen in (recipe, frugal)
+    )
+    network = TrainableNetwork(build_networks(frugal, 2), freeze_image_encoder=False, recompute=True).train()
+    kept = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+        network(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, 4), torch.zeros(1, dtype=torch.long), None)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    outside = sum(size for place, size in storages.items() if place not in own) / 2**30
+    assert 1.2 * outside < less < 0.8 * whole
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_parts_and_precision(tiny_recipe):
@@ -128,7 +146,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_parts_and_precision(tin
         return examine(recipe, device="cpu").memory_parts_gib["activations"]
 
     one = activations(batch_size=4)
-    assert activations(batch_size=8) == pytest.approx(2 * one)
+    assert activations(batch_size=8) == pytest.approx(2 * one, rel=0.2)
     assert activations(batch_size=8, gradient_accumulation=2) == pytest.approx(one)
     assert activations(batch_size=4, precision="bf16") == pytest.approx(one / 2, rel=1e-3)
 

@@ -11,7 +11,7 @@ import torch
 
 from sdseg_cli.core.engine import acceleration
 from sdseg_cli.core.engine.acceleration import compile_cache, fitting_batch
-from sdseg_cli.core.engine.inference import Predictor, SliceInput
+from sdseg_cli.core.engine.inference import Predictor, SliceInput, load_predictor
 from sdseg_cli.core.errors import OutOfMemoryError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.model.image_encoder import KLImageEncoder
@@ -20,6 +20,7 @@ from sdseg_cli.core.model.pipeline import SDSegPipeline
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
+from sdseg_cli.core.run_directory import resolve_model
 
 SIZE = 32
 needs_compiler = pytest.mark.skipif(
@@ -95,6 +96,17 @@ def test_the_predictor_says_what_the_pipeline_says():
     for index, one in enumerate(found):
         np.testing.assert_allclose(one.samples, output.samples[index], atol=1e-5)
         np.testing.assert_allclose(one.uncertainty, output.uncertainty[index], atol=1e-5)
+
+
+def test_a_model_loaded_on_a_cpu_has_its_channels_last_and_predicts_the_same(tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    loaded = load_predictor(resolve_model(str(tmp_path / "model")), device="cpu")
+    for network in loaded.pipeline.computing_networks():
+        weights = [own.weight for own in network.modules() if isinstance(own, torch.nn.Conv2d)]
+        assert weights
+        assert all(own.is_contiguous(memory_format=torch.channels_last) for own in weights)
+    for one, other in zip(loaded(inputs(3)), Predictor(make())(inputs(3)), strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
 
 
 def test_work_behind_the_networks_keeps_the_order_and_the_results():

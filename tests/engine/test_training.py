@@ -566,7 +566,7 @@ def test_latents_are_kept_only_where_masks_recur_and_fit(tiny_recipe, monkeypatc
 def test_weights_in_the_layout_of_tensor_cores_train_save_and_resume(
     tiny_recipe, trained, tmp_path, monkeypatch
 ):
-    def laid_out(networks, device):
+    def laid_out(networks, device, *, training):
         for network in networks:
             network.to(memory_format=torch.channels_last)
 

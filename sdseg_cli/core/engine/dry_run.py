@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.engine.autoencoder_training import reconstruction_dice
@@ -138,11 +140,10 @@ def _ceiling(
 def _memory(
     recipe: Recipe, networks: Networks, network: TrainableNetwork, precision: str
 ) -> dict[str, float]:
-    """Count bytes: weights, gradients, AdamW's two moments, averages, and what the backward pass keeps."""
+    """Count bytes: weights, gradients, AdamW's two moments, averages, and the activations."""
     trained = _size(network, trained=True)
     frozen = sum(count_parameters(networks).values()) - trained
     averaged = sum(p.numel() for p in network.averaged_parameters(recipe.train.ema_scope))
-    part = recipe.train.batch_size // recipe.train.gradient_accumulation
     activations = _activation_bytes(recipe, networks, network)
     if precision != "fp32":
         activations //= 2
@@ -151,42 +152,68 @@ def _memory(
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "averages": 4 * averaged * (recipe.train.ema_decay > 0),
-        "activations": activations * part,
+        "activations": activations,
     }
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def _activation_bytes(recipe: Recipe, networks: Networks, network: TrainableNetwork) -> int:
-    """Bytes that one image's backward pass keeps, counted on the meta device, where nothing is computed."""
+    """Most bytes that the images of a part take at once in a step, without the gradients of weights.
+
+    Counted on the meta device, where nothing is computed. With recomputed activations that is much more than
+    what the backward pass keeps: what it computes again is there too.
+    """
     twin = copy.deepcopy(network).to("meta").train()
     twin._frozen = [copy.deepcopy(encoder).to("meta") for encoder in network._frozen]
-    # By their storage: a linear layer keeps a transposed view of its weights.
-    own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # a freed storage's address would be used again
-        return tensor
-
+    for parameter in filter(lambda own: own.requires_grad, twin.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
     size = recipe.data.image_size
-    images = torch.empty(1, 3, size, size, device="meta")
+    part = recipe.train.batch_size // recipe.train.gradient_accumulation
+    images = torch.empty(part, 3, size, size, device="meta")
     arguments: list[torch.Tensor | None] = []
     if networks.autoencoder is not None:
         side = size // spatial_factor(networks.autoencoder)
         unet = networks.unet.config
         by_class = unet["num_class_embeds"] is not None
         arguments = [
-            torch.empty(1, unet["latent_channels"], side, side, device="meta"),
-            torch.zeros(1, dtype=torch.long, device="meta"),
-            torch.zeros(1, dtype=torch.long, device="meta") if by_class else None,
+            torch.empty(part, unet["latent_channels"], side, side, device="meta"),
+            torch.zeros(part, dtype=torch.long, device="meta"),
+            torch.zeros(part, dtype=torch.long, device="meta") if by_class else None,
         ]
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        twin(images, *arguments)
-    return sum(kept.values())
+    # By their storage: a linear layer keeps a transposed view of its weights.
+    with _Living([*twin.parameters(), *twin.buffers()]) as living:
+        twin(images, *arguments).abs().mean().backward()
+    return living.peak
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are alive, but for those ``known`` before.
+
+    Attributes:
+        peak: the most of them at once.
+    """
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        return out
+
+    def _end(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self._now -= size
 
 
 def _size(network: torch.nn.Module, *, trained: bool) -> int:

@@ -177,7 +177,7 @@ class Training:
             if part is not None:
                 part.to(self.device)
         self.network.to(self.device)
-        use_channels_last([self.network], self.device)
+        use_channels_last([self.network], self.device, training=True)
         self.latents = self._make_latent_cache()
         self.ema = self._make_ema()
         optimizer = torch.optim.AdamW(

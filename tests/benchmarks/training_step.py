@@ -1,0 +1,159 @@
+"""What kept latents, a compiled step and the layout of weights change in a training step, in one run.
+
+::
+
+    sdseg prepare phantom --size 128 --cases 40 --out data/phantom128
+    python tests/benchmarks/training_step.py data/phantom128 --device cpu --out results/training-step
+    python tests/benchmarks/training_step.py data/phantom128 --only paper --autoencoder weights/kl-f8
+
+Every variant is a training of its own, of the recipe's networks; each makes one step in turn, and medians
+are told. The first passes over the images fill the kept latents and are not counted. Without
+``--autoencoder`` the paper's networks are timed with one of random weights, which costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from sdseg_cli.core.engine import training
+from sdseg_cli.core.model.weights import quiet_diffusers
+from sdseg_cli.core.recipe import load_recipe
+from sdseg_cli.core.run_directory import RunDirectory
+
+FLIPS = {f"data.augmentation.{name}": 0 for name in ("affine", "colour", "blur", "noise")}
+COMMON = {
+    "data.workers": 0,
+    "train.log_every": 1,
+    "train.validate_every": 100_000,
+    "train.checkpoint_every": 100_000,
+    "train.trackers": [],
+}
+# What a variant sets in the recipe, and what it changes in the training beside it.
+VARIANTS: dict[str, tuple[dict, str]] = {
+    "latents encoded each step": (FLIPS, "no cache"),
+    "latents kept": (FLIPS, ""),
+    "latents kept, channels-last": (FLIPS, "channels-last"),
+    "latents kept, compiled": (FLIPS | {"train.compile": True}, ""),
+    "recipe's augmentation, latents encoded each step": ({}, ""),
+}
+
+
+@contextlib.contextmanager
+def changed(change: str) -> Iterator[None]:
+    """Build a training without its cache, or with weights laid out as on a GPU."""
+    most, layout = training.MOST_BYTES, training.use_channels_last
+
+    def laid_out(networks: list, _device: torch.device, *, training: bool) -> None:
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+
+    try:
+        if change == "no cache":
+            training.MOST_BYTES = 0
+        elif change == "channels-last":
+            training.use_channels_last = laid_out
+        yield
+    finally:
+        training.MOST_BYTES, training.use_channels_last = most, layout
+
+
+def start(settings: dict, change: str, recipe: str, folder: Path, device: str) -> Iterator:
+    """Begin a training; each ``next`` is one step."""
+    chosen = load_recipe(recipe, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+    with changed(change):
+        begun = training.Training(chosen, device=device)
+    records = begun.run(RunDirectory.create(folder, chosen))
+    next(records)  # what is told at the start
+    return records
+
+
+def kl_autoencoder(folder: Path, widths: tuple[int, ...]) -> Path:
+    AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=9, help="counted, after the warm-up")
+    parser.add_argument("--warm-up", type=int, help="steps not counted (four passes over the images)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--only", choices=["kseg-fast", "paper"], default="kseg-fast", help="which networks")
+    parser.add_argument("--variants", nargs="*", metavar="WORDS", help="those whose names hold one of these")
+    parser.add_argument(
+        "--autoencoder", type=Path, help="folder of a KL autoencoder, for the paper's networks"
+    )
+    parser.add_argument("--memory-gib", type=float, help="of the GPU that may be used; the peak is told")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    quiet_diffusers()
+    if options.memory_gib is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib / whole))
+    manifest = training.PreparedDataset.open(options.dataset).manifest
+    recipe = "kseg-fast" if options.only == "kseg-fast" else "kseg"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = COMMON | {
+            "data.dataset": str(options.dataset),
+            "data.image_size": manifest.image_size,
+            "train.batch_size": options.batch,
+        }
+        if options.only == "paper":
+            kl = options.autoencoder or kl_autoencoder(Path(folder) / "kl", (128, 256, 512, 512))
+            settings |= {"model.autoencoder": str(kl), "model.unet_weights": "random"}
+            settings |= {"model.image_encoder_weights": "random", "model.latent_scale": 0.18215}
+        for given in options.set:
+            name, _, value = given.partition("=")
+            settings[name] = json.loads(value)
+        running = {
+            name: start(settings | own, change, recipe, Path(folder) / str(index), options.device)
+            for index, (name, (own, change)) in enumerate(VARIANTS.items())
+            if not options.variants or any(word in name for word in options.variants)
+        }
+        # Each image is met in four forms under two flips; most are met in a few passes.
+        warm_up = options.warm_up or 4 * -(-manifest.splits["train"] // options.batch)
+        seconds: dict[str, list[float]] = {name: [] for name in running}
+        for step in range(warm_up + options.steps):
+            print(f"step {step + 1}/{warm_up + options.steps}", file=sys.stderr)
+            for name, records in running.items():
+                started = time.perf_counter()
+                next(records)
+                if step >= warm_up:
+                    seconds[name].append(time.perf_counter() - started)
+    if torch.cuda.is_available():
+        print(f"peak of all variants together: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    first = next(iter(seconds))
+    rates = {name: options.batch / statistics.median(values) for name, values in seconds.items()}
+    found = {
+        name: {"samples_per_second": round(rate, 2), "ratio": round(rate / rates[first], 2)}
+        for name, rate in rates.items()
+    }
+    print(json.dumps(found, indent=2))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "training-step.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+if __name__ == "__main__":
+    main()
