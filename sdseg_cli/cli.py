@@ -10,6 +10,7 @@ is done), 130 Ctrl-C, 143 SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import os
@@ -152,27 +153,49 @@ def _polish(command: Any, examples: str = "") -> None:
     written = "\n".join(line for line in lines if line.strip())
     format_help, get_params = command.format_help, command.get_params
 
+    def parsed_params(ctx: Any) -> list[Any]:
+        return [param for param in get_params(ctx) if param.name not in _COMPLETION_PARAMS]
+
     def format_help_and_examples(ctx: Any, formatter: Any) -> None:
-        format_help(ctx, formatter)
+        command.get_params = lambda ctx: [_for_reading(param, ctx) for param in parsed_params(ctx)]
+        try:
+            format_help(ctx, formatter)
+        finally:
+            command.get_params = parsed_params
         if written:
             _show_examples(written)
 
     command.format_help = format_help_and_examples
-    command.get_params = lambda ctx: _for_reading(
-        [param for param in get_params(ctx) if param.name not in _COMPLETION_PARAMS], ctx
-    )
+    command.get_params = parsed_params
 
 
-def _for_reading(params: list[Any], ctx: Any) -> list[Any]:
-    """Shorten the types of options: a flag needs none, and a bound is said in the next column."""
-    for param in params:
-        if getattr(param, "param_type_name", "") != "option" or param.metavar is not None:
-            continue
-        if getattr(param, "is_flag", False):
-            param.metavar = ""
-        elif hasattr(param, "display_type"):
-            param.metavar = _SHORT_TYPES.get(param.display_type(ctx))
-    return params
+def _for_reading(param: Any, ctx: Any) -> Any:
+    """Give the text of an option the room: on 80 columns long types and opposites leave it fifteen.
+
+    A copy is returned: what is read and what is parsed are the same option. A flag has no type, bounds are
+    short, and the words of a choice and the opposite of a flag are said in the text.
+    """
+    if getattr(param, "param_type_name", "") != "option":
+        return param
+    param = copy.copy(param)
+    remarks = [param.help or ""]
+    if param.secondary_opts:
+        remarks.append(f"Opposite: {', '.join(param.secondary_opts)}.")
+        param.secondary_opts = []
+    kind = param.display_type(ctx) if hasattr(param, "display_type") else ""
+    low, high = getattr(param, "min", None), getattr(param, "max", None)
+    param.min = param.max = None
+    if getattr(param, "is_flag", False):
+        param.metavar = ""
+    elif low is not None and high is not None:
+        param.metavar = f"{low:g}..{high:g}"
+    elif param.metavar is None and "|" in kind:
+        remarks.append(f"One of {', '.join(kind.strip('<>').split('|'))}.")
+        param.metavar = "WORD"
+    elif param.metavar is None:
+        param.metavar = _SHORT_TYPES.get(kind)
+    param.help = " ".join(remarks)
+    return param
 
 
 app = typer.Typer(

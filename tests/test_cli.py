@@ -98,10 +98,15 @@ def test_every_commands_help_ends_with_worked_examples_and_needs_no_torch(comman
         "finally: sys.stderr.write(repr([n for n in ('torch', 'diffusers', 'datasets') if n in sys.modules]))"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "80"},
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "[]"
+    assert "…" not in finished.stdout  # an option whose name is cut short cannot be typed
     examples = finished.stdout[finished.stdout.rindex("Examples") :].splitlines()[1:]
     assert any(line.strip().startswith(f"sdseg {command.split()[0]}") for line in examples)
     assert "--install-completion" not in finished.stdout
@@ -110,6 +115,22 @@ def test_every_commands_help_ends_with_worked_examples_and_needs_no_torch(comman
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_exists(name):
     assert importlib.util.find_spec(f"sdseg_cli.commands.{name}") is not None
+
+
+def test_the_text_of_an_option_has_room_on_eighty_columns():
+    finished = subprocess.run(
+        [sys.executable, "-m", "sdseg_cli", "predict", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    text = " ".join(finished.stdout.replace("│", " ").split())
+    assert "Opposite: --all-components." in text
+    assert "One of same, nifti, nrrd, mha, dicom-seg." in text
+    assert "0..1" in text
+    assert len(finished.stdout.splitlines()) < 110
+    # What is shortened for reading is parsed as ever.
+    assert sdseg("predict", "nowhere", "--out", "x", "--all-components", "--threshold", "2").returncode == 2
 
 
 def test_the_version_is_printed():

@@ -369,7 +369,9 @@ class _Session:
         """Keep the records of all that was written, also when something stops the rest."""
         stream = predict_files(todo, predictor, volumes=volumes, on_written=self._note)
         try:
-            for record in console.progress(stream, len(todo), "predicting", unit="images"):
+            are_volumes = bool(todo) and all(task.is_volume for task in todo)
+            unit = "volumes" if are_volumes else "images"
+            for record in console.progress(stream, len(todo), "predicting", unit=unit):
                 self.records.append(record)
         except SdsegError as error:
             return error

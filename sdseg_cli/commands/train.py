@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sdseg_cli.core.recipe import Recipe
     from sdseg_cli.core.run_directory import RunDirectory
 
+# Pixels of all steps: the recipe demo has a tenth of it and takes minutes on two CPU cores; kseg-fast has
+# eight times as many.
+_MANY_PIXELS = 1_000_000_000
 _CHANGEABLE_ON_RESUME = {
     "train.steps",
     "train.max_minutes",
@@ -202,6 +205,18 @@ def _create_run(out: Path | None, recipe: Recipe, overwrite: bool) -> RunDirecto
     return RunDirectory(Path(str(broadcast_object_list(told)[0])))
 
 
+def slow_on_cpu(recipe: Recipe, device: str, steps: int) -> str | None:
+    """Warn of a recipe for a GPU that is about to run on a CPU for a day; None where it is not."""
+    pixels = steps * recipe.train.batch_size * recipe.data.image_size**2
+    if device != "cpu" or pixels < _MANY_PIXELS:
+        return None
+    return (
+        f"{steps:,} steps of {recipe.train.batch_size} images of {recipe.data.image_size} pixels take many "
+        "hours without a GPU. On a CPU prepare the data with --size 128 and train with --recipe demo, which "
+        "takes minutes, or shorten this with --set train.steps=N."
+    )
+
+
 def _show(records: object, recipe: Recipe) -> Finished:
     from collections.abc import Iterator
     from typing import cast
@@ -227,6 +242,8 @@ def _show(records: object, recipe: Recipe) -> Finished:
     )
     if started.remark:
         console.warn(started.remark)
+    if (warning := slow_on_cpu(recipe, started.device, started.steps - started.first_step)) is not None:
+        console.warn(warning)
     finished: Finished | None = None
     with console.training_progress(started.steps, start=started.first_step) as bar:
         for record in stream:

@@ -191,6 +191,8 @@ def test_two_folders_are_scored_with_a_table_and_pictures(folders, tmp_path, cap
     assert html.count('<article class="case card"') == 3
     assert "The worst first" in html
     assert "honest" not in html  # masks have no probabilities
+    assert "<figcaption>image</figcaption>" not in html  # there is none to show
+    assert html.count("<figcaption>prediction, truth outlined</figcaption>") == 3
 
 
 def save_labels(path: Path, voxels: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 2.0)) -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from sdseg_cli import cli
+from sdseg_cli.commands.train import slow_on_cpu
 from sdseg_cli.core.recipe import load_recipe, recipe_to_yaml, resources_root
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -73,6 +74,16 @@ def test_a_training_leaves_a_run_directory_with_everything(sdseg, recipe, tmp_pa
     )
     assert "run/model: validation Dice" in err
     assert "Next: sdseg evaluate --model run --split test" in err
+
+
+def test_a_recipe_for_a_gpu_says_on_a_cpu_how_to_be_done_in_minutes():
+    warning = slow_on_cpu(load_recipe("kseg-fast"), "cpu", 4000)
+    assert warning is not None
+    assert "4,000 steps of 32 images of 256 pixels" in warning
+    assert "--recipe demo" in warning
+    assert slow_on_cpu(load_recipe("kseg-fast"), "cuda:0", 4000) is None
+    assert slow_on_cpu(load_recipe("kseg-fast"), "cpu", 400) is None
+    assert slow_on_cpu(load_recipe("demo"), "cpu", 900) is None
 
 
 def test_the_run_is_named_after_recipe_and_time_unless_told_otherwise(sdseg, recipe, tmp_path):

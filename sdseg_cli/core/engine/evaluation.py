@@ -67,7 +67,7 @@ class CasePicture:
 
     ``uncertainty``, where several draws gave one, is the standard deviation times 510, uint8 (H, W). ``grid``
     is the way back from the model's grid, where the arrays lie on it; ``pixel_mm`` height and width of a
-    pixel of the case, where they are known.
+    pixel of the case, where they are known; without ``has_image`` the image is blank.
     """
 
     image: np.ndarray
@@ -77,6 +77,7 @@ class CasePicture:
     slice_index: int = 0
     grid: Grid | None = None
     pixel_mm: tuple[float, float] | None = None
+    has_image: bool = True
 
 
 @dataclass(frozen=True)
@@ -573,7 +574,11 @@ def _score_pair(
     small = Grid(height, width, PICTURE_SIZE, "pad")
     blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
     picture = CasePicture(
-        blank, small.labels_to_model(shown[1]), small.labels_to_model(shown[0]), slice_index=worst
+        blank,
+        small.labels_to_model(shown[1]),
+        small.labels_to_model(shown[0]),
+        slice_index=worst,
+        has_image=False,
     )
     part = _SliceScores(
         count_classes(prediction, truth, len(classes)),

@@ -59,6 +59,7 @@ FACTS = {
     "warnings": "Unlike the training data",
     "missing_scored_as_empty": "Missing, scored as empty",
     "convention": "Convention for empty masks",
+    "nsd_tolerance": "NSD tolerance, in the unit of the distances",
     "command": "Command",
     "versions": "Versions",
     "written": "Written",
@@ -239,6 +240,7 @@ def _gallery(scores: Sequence[CaseScores]) -> tuple[GalleryCase, ...]:
                     brightest=brightest,
                     grid=picture.grid,
                     pixel_mm=picture.pixel_mm,
+                    has_image=picture.has_image,
                 )
                 for picture in record.stack
             ),
@@ -269,8 +271,10 @@ def _gallery_note(scores: Sequence[CaseScores]) -> str:
         if len(scores) > len(chosen) == WORST + MIDDLE + BEST
         else "All cases, the worst first"
     )
-    if any(record.slices > 1 for record in chosen):
+    if any(len(record.stack) > 1 for record in chosen):
         text += f"; of each at most {MOST_VIEWS} slices, beginning with its worst"
+    elif any(record.slices > 1 for record in chosen):
+        text += "; of a volume the slice with the most errors"
     text += ". "
     pictures = [picture for record in chosen for picture in record.stack]
     if any(picture.uncertainty is not None for picture in pictures):
@@ -395,7 +399,7 @@ def _case_table(
 
 def _metric_columns(unit: str) -> list[str]:
     of_unit = f" ({unit})" if unit else ""
-    names = {"iou": "IoU", "hd95": f"HD95{of_unit}", "assd": f"ASSD{of_unit}"}
+    names = {"iou": "IoU", "nsd": "NSD", "hd95": f"HD95{of_unit}", "assd": f"ASSD{of_unit}"}
     return [names.get(metric, metric) for metric in METRICS if metric != "dice"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdseg_cli import __version__
@@ -196,8 +196,13 @@ def _gallery(
     )
 
 
-def _gallery_note(noun: str, shown: Iterable[ShownCase], *, by_doubt: bool) -> str:
-    if by_doubt:
+def _gallery_note(noun: str, shown: Sequence[ShownCase], *, by_doubt: bool) -> str:
+    if by_doubt and len(shown) < WORST + MIDDLE + BEST:
+        text = (
+            f"The {noun} whose draws agree least come first. Uncertainty is the standard deviation of the "
+            "probability between draws, dark is 0."
+        )
+    elif by_doubt:
         text = (
             f"The {WORST} most doubtful {noun}, {MIDDLE} around the median and the {BEST} surest, by how far "
             "the draws agree. Uncertainty is the standard deviation of the probability between draws, dark "

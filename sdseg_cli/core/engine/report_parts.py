@@ -58,6 +58,7 @@ def slice_view(
     brightest: float = 0.5,
     grid: Grid | None = None,
     pixel_mm: tuple[float, float] | None = None,
+    has_image: bool = True,
 ) -> SliceView:
     """Picture one slice: the image alone, then with truth, prediction and uncertainty laid over it.
 
@@ -72,6 +73,7 @@ def slice_view(
             the proportions of the case.
         pixel_mm: height and width of a pixel of the case, where they are known: thick slices that were cut
             across are then shown as long as the body is.
+        has_image: False where masks are all there is: ``image`` is then the ground they are drawn on alone.
     """
     height, width = image.shape[:2]
     cut = (slice(None), slice(None))
@@ -81,7 +83,7 @@ def slice_view(
         _, _, height, width = grid.seen
     if pixel_mm is not None:
         height, width = (round(1000 * side * mm) for side, mm in zip((height, width), pixel_mm, strict=True))
-    stages = [Stage("image")]
+    stages = [Stage("image")] if has_image else []
     over: list[Layer] = []
     if truth is not None:
         stages.append(Stage("ground truth", (Layer("truth", layer_source(mask_layer(truth[cut]))),)))
