@@ -49,7 +49,7 @@ from sdseg_cli.core.engine.prediction import (
     write_summary,
 )
 from sdseg_cli.core.errors import SdsegError, UsageError
-from sdseg_cli.core.manifest import JOURNAL_FILE, Journal, made_with, model_sum
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
 if TYPE_CHECKING:
@@ -297,8 +297,11 @@ class _Session:
         self.classes = tuple(predictor.classes)
         if overwrite and processes.is_main:
             remove_outputs(todo)
-            for name in (SUMMARY_FILE, JOURNAL_FILE, REPORT_FILE):  # they may list masks of another model
-                (self.out / name).unlink(missing_ok=True)
+            # They may list masks of another model.
+            for path in (self.out / SUMMARY_FILE, self.out / REPORT_FILE):
+                path.unlink(missing_ok=True)
+            for path in (self.out / JOURNAL_FOLDER).glob("*.jsonl"):
+                path.unlink()
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         self._begin_journal(
             reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)
