@@ -53,7 +53,7 @@ from sdseg_cli.core.engine.prediction import (
     write_summary,
 )
 from sdseg_cli.core.errors import SdsegError, UsageError
-from sdseg_cli.core.manifest import JOURNAL_FILE, Journal, made_with, model_sum
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
 if TYPE_CHECKING:
@@ -326,8 +326,9 @@ class _Session:
         if overwrite and processes.is_main:
             remove_outputs(todo)
             if not self.is_shard:  # they may list masks of another model, and those of the other shards
-                for name in (SUMMARY_FILE, JOURNAL_FILE, REPORT_FILE):
-                    (self.out / name).unlink(missing_ok=True)
+                summaries = [self.out / SUMMARY_FILE, self.out / REPORT_FILE]
+                for path in [*summaries, *(self.out / JOURNAL_FOLDER).glob("*.jsonl")]:
+                    path.unlink(missing_ok=True)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         self._begin_journal(
             reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)

@@ -2,7 +2,7 @@
 
 A checkpoint, a model, a run and a folder of scores have a ``manifest.json``, written last, when the folder
 is whole. A prepared dataset lists its files in ``dataset.json``. Masks are added to a folder by several calls
-and processes, so that their list is a file of lines, ``provenance.jsonl``, see :class:`Journal`.
+and processes, so that their list is a file of lines for each, in ``provenance/``, see :class:`Journal`.
 ``verification.py`` compares folders with these lists.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from sdseg_cli.core.files import sha256_of
 from sdseg_cli.core.run_directory import RunDirectory, atomic_write, library_versions, now, to_json
 
 MANIFEST_FILE = "manifest.json"
-JOURNAL_FILE = "provenance.jsonl"
+JOURNAL_FOLDER = "provenance"
 
 # What others put beside a model: its card, and the hub's own file.
 NOT_OURS = frozenset({"README.md", ".gitattributes"})
@@ -117,12 +117,11 @@ def model_sum(location: str | Path) -> str | None:
 
 
 class Journal:
-    """The list of a folder that several calls and processes write into: one JSON object a line.
+    """The list of a folder that several calls and processes write into, each a file of lines of its own.
 
-    A call begins with a line that says what it is (``call``: command, versions, model ...); every later line
-    names its call and lists files with size and SHA-256. A line is written in one piece, at once after its
-    files: a process that is killed leaves no file unlisted but the one it was at. The last line about a file
-    holds.
+    The first line says what the call is (``call``: command, versions, model ...); every later one names its
+    call and lists files with size and SHA-256. A line is written in one piece, at once after its files: a
+    process that is killed leaves no file unlisted but the one it was at.
 
     Args:
         folder: of the results.
@@ -132,43 +131,41 @@ class Journal:
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self._folder = folder
         self._call = uuid.uuid4().hex[:12]
+        self._path = folder / JOURNAL_FOLDER / f"{self._call}.jsonl"
+        self._path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
-        self._append({"call": self._call, "sdseg": __version__, **made_with(), **about})
+        self._append({"sdseg": __version__, **made_with(), **about})
 
     def add(self, files: Iterable[Path], **about: Any) -> None:
         """List files that were just written, and what they were made from."""
         paths = {path.relative_to(self._folder).as_posix(): path for path in files}
-        self._append(
-            {
-                "call": self._call,
-                **about,
-                "files": {name: sha256_of(path) for name, path in paths.items()},
-                "bytes": {name: path.stat().st_size for name, path in paths.items()},
-            }
-        )
+        sums = {name: sha256_of(path) for name, path in paths.items()}
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        self._append({**about, "files": sums, "bytes": sizes})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        line = to_json(record).encode("utf-8", "backslashreplace") + b"\n"
-        with self._lock:
-            descriptor = os.open(self._folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            with os.fdopen(descriptor, "r+b", buffering=0) as file:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                file.write((b"\n" if torn else b"") + line)
+        with self._lock, self._path.open("ab", buffering=0) as file:
+            line = to_json({"call": self._call, "time": time.time(), **record})
+            file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a journal, in order; those that a kill tore are left out.
+    """The lines of all journals of a folder, in the order of their time; one that a kill tore is left out.
+
+    The last line about a file holds.
 
     Raises:
-        OSError: there is none, or it cannot be read.
+        FileNotFoundError: there is none.
+        OSError: one cannot be read.
     """
+    files = sorted((folder / JOURNAL_FOLDER).glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(folder / JOURNAL_FOLDER)
     records = []
-    for line in (folder / JOURNAL_FILE).read_bytes().splitlines():
+    for line in b"\n".join(file.read_bytes() for file in files).splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            records.append((float(record["time"]), record))
+        except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return [record for _, record in sorted(records, key=lambda pair: pair[0])]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.files import EXPORT_FILE, sha256_of
-from sdseg_cli.core.manifest import JOURNAL_FILE, MANIFEST_FILE, NOT_OURS, read_journal
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, MANIFEST_FILE, NOT_OURS, read_journal
 from sdseg_cli.core.run_directory import RunDirectory
 
 Fault = Literal[
@@ -149,8 +149,10 @@ def _walk(folder: Path, kind: str) -> tuple[list[str], list[tuple[Path, str]]]:
             elif not name.startswith(".") and not (kind == "run" and here == folder and name in _TRACKERS):
                 kept.append(name)
         folders[:] = kept
-        own = {MANIFEST_FILE, JOURNAL_FILE, *NOT_OURS} if here == folder else set()
+        own = {MANIFEST_FILE, *NOT_OURS} if here == folder else set()
         own |= {"dataset.json"} if kind == "prepared dataset" and here == folder else set()
+        if kind == "predictions" and here == folder / JOURNAL_FOLDER:
+            own |= {name for name in names if name.endswith(".jsonl")}
         for name in sorted(names):
             if name not in own and (not name.startswith(".") or name.endswith(_LEFTOVERS)):
                 files.append((here / name).relative_to(folder).as_posix())
@@ -206,7 +208,7 @@ def _why_none(folder: Path, kind: str) -> str:
         )
     remedy = {
         "prepared dataset": "dataset.json has no checksums: prepare it again to have them",
-        "predictions": f"there is no {JOURNAL_FILE}: predict again with --overwrite to have one",
+        "predictions": f"there is no {JOURNAL_FOLDER}/: predict again with --overwrite to have one",
         "scores": "measure again with --overwrite to have one",
     }
     return "made by an older sdseg or by others; " + remedy.get(kind, "make it again to have one")

@@ -102,7 +102,7 @@ def test_predict_writes_a_mask_an_image_and_a_summary(scans, tmp_path, model, ma
     out = tmp_path / "masks"
     assert exit_code(scans=[scans], out=out, model=model) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "a.png", "b.png", "c.png", "prediction.json", "provenance.jsonl", "summary.csv",
+        "a.png", "b.png", "c.png", "prediction.json", "provenance", "summary.csv",
     ]  # fmt: skip
     assert [row["status"] for row in rows(out)] == ["done"] * 3
     assert read_label_map(out / "a.png", num_classes=2).shape == (20, 30)

@@ -13,7 +13,7 @@ from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.files import sha256_of
-from sdseg_cli.core.manifest import JOURNAL_FILE, joint_sum, model_sum, read_journal, write_manifest
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, joint_sum, model_sum, read_journal, write_manifest
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -169,13 +169,14 @@ def test_all_differences_are_named_at_once_and_what_a_kill_left_is_one(copy, cap
     [
         ("run", "manifest.json", "a run writes it when it ends"),
         ("run/model", "manifest.json", "made by an older sdseg or by others"),
-        ("masks", JOURNAL_FILE, "predict again with --overwrite"),
+        ("masks", JOURNAL_FOLDER, "predict again with --overwrite"),
         ("run/evaluation/test", "manifest.json", "measure again with --overwrite"),
     ],
 )
 def test_a_folder_without_its_manifest_says_so(folder, manifest, said, made, tmp_path, capsys):
     shutil.copytree(made / folder, tmp_path / "old")
-    (tmp_path / "old" / manifest).unlink()
+    place = tmp_path / "old" / manifest
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
     code, report = verified(capsys, tmp_path / "old")
     assert code == 1
     (found,) = report["differences"]
@@ -331,7 +332,8 @@ def test_an_altered_split_is_not_scored(copy, made, capsys):
 def test_masks_added_later_are_listed_and_a_torn_line_is_passed_over(copy, made, capsys):
     masks = copy("masks")
     (masks / "1.png").unlink()
-    with (masks / JOURNAL_FILE).open("a") as journal:
+    (journal_file,) = (masks / JOURNAL_FOLDER).iterdir()
+    with journal_file.open("a") as journal:
         journal.write('{"call": "0123", "files": {"0.png": "00')  # killed while it wrote
     cpu = ("--model", made / "run", "--device", "cpu")
     assert sdseg("predict", made / "scans", "--out", masks, *cpu, "--overlay", "--skip-existing") == 0
