@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import runpy
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 # One thread: sums do not depend on the machine's cores, and tiny tensors are faster so.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch anything
+# Started in the background, a shell has its children ignore Ctrl-C, and theirs: not here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIZE = 32
 REAL_RUNS = runpy.run_path(str(Path(__file__).with_name("real_runs.py")))

@@ -48,7 +48,8 @@ from pathlib import Path
 
 for path in sorted(Path(sys.argv[1]).glob("dice-*.txt")):
     text = path.read_text()
-    mean = json.loads(text)["classes"]["mean of classes"]["metrics"]["dice"]["mean"] if text else "failed"
+    classes = json.loads(text)["classes"] if text else {}
+    mean = next((found["metrics"]["dice"]["mean"] for found in classes.values()), "failed")
     print(path.stem.removeprefix("dice-"), mean)
 END
 if [ -z "$quick" ]; then

@@ -169,5 +169,6 @@ def test_a_model_keeps_figures_of_its_training_images_and_evaluate_and_predict_u
     config = json.loads(index.read_text())
     del config["training_data"]["images"]
     index.write_text(json.dumps(config))
+    (run.model / "manifest.json").unlink()
     told = sdseg("predict", tmp_path / "dark.png", "--out", tmp_path / "masks", "--overwrite")
     assert "in training" not in told

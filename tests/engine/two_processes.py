@@ -25,6 +25,8 @@ def note(event: str, arguments: tuple) -> None:
 
 def keep(name: str) -> None:
     path = str(Path(name).absolute())
+    if Path(path).is_dir():  # a nameless file in it, to see whether it can be written to
+        return
     is_final = ".partial" not in path and ".old" not in path and "/." not in path
     if path.startswith(here) and is_final:
         written.add(str(Path(path).relative_to(here)))

@@ -132,11 +132,14 @@ def outcomes(masks) -> Callable[[], dict[str, tuple[str, str]]]:
 
 @pytest.fixture
 def written(masks) -> Callable[[], set[str]]:
-    """The files in the output folder, beside the summary and the settings."""
+    """The masks in the output folder: its files beside the summary, the settings and the provenance."""
 
     def names() -> set[str]:
         found = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
-        return found - {"summary.csv", "prediction.json"}
+        return {name for name in found if not name.startswith("provenance/")} - {
+            "summary.csv",
+            "prediction.json",
+        }
 
     return names
 

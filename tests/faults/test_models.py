@@ -240,7 +240,7 @@ def test_prediction_retries_smaller_and_predicts_the_same(sdseg, tmp_path, pictu
     assert sizes.count(1) == 5
     for one in sorted((tmp_path / "roomy" / "probabilities").iterdir()):
         levels = [np.asarray(Image.open(f)) for f in (one, tmp_path / "narrow" / "probabilities" / one.name)]
-        assert np.abs(levels[0].astype(int) - levels[1]).max() <= 1
+        assert np.abs(levels[0].astype(int) - levels[1]).max() <= 8  # of 65,535: sums in another order
 
 
 @pytest.mark.faults(20)

@@ -484,7 +484,13 @@ def made_texts() -> Any:
         ["data", "model", "train", "name", "validation", "test", "steps", "image_size", "dataset", "0", "-"]
     )
     leaves = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), words, st.dates()
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_subnormal=False),
+        st.text(max_size=20),
+        words,
+        st.dates(),
     )
     values = st.recursive(
         leaves,
@@ -533,7 +539,9 @@ def made_manifests() -> Any:
 
     base = asdict(_manifest())
     names = st.sampled_from([entry.name for entry in fields(_manifest())])
-    leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
+    leaves = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(allow_subnormal=False), st.text(max_size=20)
+    )
     values = st.recursive(
         leaves,
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
