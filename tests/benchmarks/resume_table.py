@@ -137,13 +137,16 @@ class Experiment:
                 end_of(group)
                 continue
             moment = time.monotonic() - began
+            before = where_it_was(root)
             for victim in victims:
                 os.kill(group[victim].pid, signal.SIGKILL)
             codes = end_of(group)
             if RunDirectory.open(root).status != "finished":  # it was on its way out: another moment
                 break
         who = "SIGKILL" if processes == 1 else f"SIGKILL to {' and '.join(str(v) for v in victims)}"
-        row = Row(str(processes), who, moment, where_it_was(root), codes)
+        # The one that was left removes what was half-written.
+        where = before if len(victims) < processes and is_save(before) else where_it_was(root)
+        row = Row(str(processes), who, moment, where, codes)
         for index, process in enumerate(group):
             if index not in victims:
                 assert "Traceback" not in process.log(), process.log()
@@ -221,8 +224,19 @@ def end_of(group: Sequence[Any]) -> list[int | None]:
     return [process.exitcode for process in group]
 
 
+def is_save(where: str) -> bool:
+    return where.startswith(("saving", "naming", "replacing"))
+
+
 def where_it_was(root: Path) -> str:
-    """What a killed training was doing, from what it left."""
+    """What a killed training was doing, from what it left; or what one that goes on is about."""
+    try:
+        return _where(root)
+    except FileNotFoundError:  # it got its name while it was looked at
+        return _where(root)
+
+
+def _where(root: Path) -> str:
     checkpoints = sorted((root / "checkpoints").glob("step-*"))
     for partial in sorted((root / "checkpoints").glob(".*.partial")):
         files = len(list(partial.iterdir()))
@@ -254,15 +268,21 @@ def table(rows: Sequence[Row]) -> str:
         weights = all(row.same.get(name) for name in ("weights", "averages", "optimizer", "model"))
         rest = all(row.same.values())
         said = "equal" if weights else f"differ by {row.deviation:.1e} at most"
+        if not row.same:
+            said = "(it had ended before it could hear)"
         cells = (
             row.processes,
             row.ended_by,
             f"{row.moment_s:.2f} s",
             row.where,
             ", ".join(map(str, row.codes)),
-            f"step {row.resumed_from}" if row.resumed_from > 0 else "the start",
+            f"step {row.resumed_from}" if row.resumed_from > 0 else "the start" if row.same else "-",
             said,
-            "equal" if rest else ", ".join(name for name, same in row.same.items() if not same),
+            "-"
+            if not row.same
+            else "equal"
+            if rest
+            else ", ".join(name for name, same in row.same.items() if not same),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
