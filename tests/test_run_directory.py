@@ -44,6 +44,27 @@ def test_a_new_run_holds_its_recipe_and_says_what_it_was_made_with(tmp_path):
     assert fields["versions"]["torch"]
 
 
+@pytest.mark.faults(19)
+def test_a_run_that_is_killed_while_it_is_made_or_replaced_can_be_replaced(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_recipe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory.create(tmp_path / "run", RECIPE)
+    run = RunDirectory.create(tmp_path / "run", RECIPE, overwrite=True)
+    for name in ("zzz.txt", "aaa.txt"):
+        (run.root / name).write_text("old")
+    with monkeypatch.context() as patch:
+        unlink = Path.unlink
+        patch.setattr(Path, "unlink", lambda p, **o: killed() if p.name == "zzz.txt" else unlink(p, **o))
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory.create(tmp_path / "run", RECIPE, overwrite=True)
+    assert RunDirectory.create(tmp_path / "run", RECIPE, overwrite=True).read_recipe() == RECIPE
+    assert not (run.root / "zzz.txt").exists()
+
+
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path):
     roots = {RunDirectory.create(None, RECIPE, runs_root=tmp_path).root for _ in range(3)}
     assert len(roots) == 3

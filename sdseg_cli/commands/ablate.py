@@ -322,6 +322,8 @@ def _arguments(recipe: str, job: _Job) -> list[str] | None:
     directory = RunDirectory(job.run)
     if not directory.run_file.is_file():
         return begin
+    if not directory.recipe_file.is_file():  # killed in its first moment
+        return [*begin, "--overwrite"]
     made, wanted = directory.read_recipe().values(), job.recipe.values()
     if {**made, "sampling": None} != {**wanted, "sampling": None}:
         raise UsageError(

@@ -131,7 +131,7 @@ class RunDirectory:
                 "Choose a folder that can be written with --out."
             ) from error
         run = cls(root)
-        run.write_recipe(recipe)
+        # First of all files: a run that is killed here is known as one, and may be replaced.
         run.write_run_json(
             status="running",
             recipe=recipe.name,
@@ -140,6 +140,7 @@ class RunDirectory:
             host=socket.gethostname(),
             versions=library_versions(),
         )
+        run.write_recipe(recipe)
         return run
 
     @classmethod
@@ -426,7 +427,8 @@ def _claim(path: Path, overwrite: bool) -> Path:
     refuse_taken(path, overwrite=overwrite)
     if path.is_dir() and any(path.iterdir()):
         with RunDirectory(path).lock():
-            for entry in path.iterdir():
+            # run.json goes last: a folder that is left half-emptied by a kill is still known as a run's.
+            for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "run.json"):
                 if entry.name.startswith(".lock"):
                     continue
                 if entry.is_dir() and not entry.is_symlink():
