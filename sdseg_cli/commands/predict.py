@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,7 @@ from sdseg_cli.core.engine.prediction import (
     write_summary,
 )
 from sdseg_cli.core.errors import SdsegError, UsageError
-from sdseg_cli.core.manifest import JOURNAL_FOLDER, Journal, made_with, model_sum
+from sdseg_cli.core.manifest import Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def predict(
     settings = {**identity, "seed": seed, **sampling, **stated}
     planned, tasks = tasks, part.of(tasks)
     todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
-    if not overwrite:
+    if not overwrite or shard is not None:  # a shard replaces its own part alone
         _refuse_other_settings(out, settings)
     if not skip_existing and not overwrite:
         refuse_existing(tasks, out)
@@ -294,6 +294,7 @@ class _Session:
         self.settings = settings
         self.as_json = as_json
         self.started = time.monotonic()
+        self.began = time.time()
         self.has_summary = True
         self.volumes: VolumeSettings | None = None
         self.classes: tuple[str, ...] = ("background",)
@@ -323,18 +324,26 @@ class _Session:
 
             for remark in coding_remarks(self.classes):
                 console.say(remark)
+        removed: list[Path] = []
         if overwrite and processes.is_main:
-            remove_outputs(todo)
-            if not self.is_shard:  # they may list masks of another model, and those of the other shards
-                summaries = [self.out / SUMMARY_FILE, self.out / REPORT_FILE]
-                for path in [*summaries, *(self.out / JOURNAL_FOLDER).glob("*.jsonl")]:
+            removed = remove_outputs(todo)
+            if (
+                not self.is_shard
+            ):  # they may tell of masks of another model, and tell of those of other shards
+                for path in (self.out / SUMMARY_FILE, self.out / REPORT_FILE):
                     path.unlink(missing_ok=True)
+                    removed.append(path)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         self._begin_journal(
             reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)
         )
+        if removed:
+            self.journal.remove(removed)
         if processes.is_main:
-            self._write_settings("running")
+            with summary_lock(self.out) if self.is_shard else contextlib.nullcontext():
+                if self.is_shard:  # others may have begun while the model was loaded
+                    _refuse_other_settings(self.out, self.settings)
+                self._write_settings("running")
         from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 
         mine = processes.share(list(todo))
@@ -390,13 +399,14 @@ class _Session:
 
     def _finish(self, stop: SdsegError | None) -> None:
         try:
-            with summary_lock(self.out) if self.is_shard else nullcontext():
+            with summary_lock(self.out) if self.is_shard else contextlib.nullcontext():
                 write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
                 self._write_settings(self._outcome(stop))
                 if self.report:
                     self._write_page()
                 written = [self.out / name for name in (SUMMARY_FILE, REPORT_FILE)]
                 self.journal.add(path for path in written if path.is_file())
+                self._remove_leftovers()
         except OSError as error:
             self.has_summary = False
             console.warn(f"{SUMMARY_FILE} cannot be written ({error.strerror or error}); done were:")
@@ -404,6 +414,13 @@ class _Session:
                 if record.status == "done":
                     console.say(f"  {record.file}")
         self._report()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed call left half-written: it is older than this one."""
+        for path in self.out.rglob(".sdseg-*.partial"):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime < self.began:
+                    path.unlink()
 
     def _outcome(self, stop: SdsegError | None) -> str:
         """``finished`` once every case of every shard is listed; until then the others are at work."""
@@ -471,7 +488,7 @@ class _Session:
         rows = list(read_summary(self.out / SUMMARY_FILE).values())
         with console.working(f"drawing {REPORT_FILE}"):
             page = prediction_page(
-                self.tasks,
+                self.planned,
                 rows,
                 self.classes,
                 self._settings("finished"),

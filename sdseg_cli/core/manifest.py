@@ -134,6 +134,7 @@ class Journal:
         self._path = folder / JOURNAL_FOLDER / f"{self._call}.jsonl"
         self._path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
+        self._torn = False
         self._append({"sdseg": __version__, **made_with(), **about})
 
     def add(self, files: Iterable[Path], **about: Any) -> None:
@@ -143,10 +144,18 @@ class Journal:
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         self._append({**about, "files": sums, "bytes": sizes})
 
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Say of files that they are no more, whoever listed them."""
+        self._append({"removed": sorted(path.relative_to(self._folder).as_posix() for path in paths)})
+
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self._lock, self._path.open("ab", buffering=0) as file:
-            line = to_json({"call": self._call, "time": time.time(), **record})
-            file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+        line = to_json({"call": self._call, "time": time.time(), **record})
+        with self._lock:
+            begin = b"\n" if self._torn else b""
+            self._torn = True  # unless all of it gets onto the disk
+            with self._path.open("ab") as file:
+                file.write(begin + line.encode("utf-8", "backslashreplace") + b"\n")
+            self._torn = False
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
@@ -166,6 +175,6 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records.append((float(record["time"]), record))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return [record for _, record in sorted(records, key=lambda pair: pair[0])]

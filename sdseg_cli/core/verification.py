@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE, sha256_of
 from sdseg_cli.core.manifest import JOURNAL_FOLDER, MANIFEST_FILE, NOT_OURS, read_journal
 from sdseg_cli.core.run_directory import RunDirectory
@@ -32,6 +32,8 @@ MARKS = {
     MANIFEST_FILE: "",  # which says its kind itself
     "summary.json": "scores",
 }
+SHARED_FILES = frozenset({"summary.csv", "prediction.json", "report.html"})  # of all calls into a folder
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a manifest
 _NETWORK_FILE = "config.json"  # of an autoencoder or another start; inside a model it marks nothing
 _TRACKERS = frozenset({"tensorboard", "wandb", "mlruns"})  # of a run: written by others, and after it ended
 _LEFTOVERS = (".partial", ".old")
@@ -107,9 +109,17 @@ def find_parts(path: Path) -> list[Part]:
             f"prepared dataset (dataset.json), a folder of masks (prediction.json), of scores (summary.json) "
             f"or an exported model ({EXPORT_FILE})."
         )
-    if kind == "run" and RunDirectory(path).status == "running":
+    if kind == "run" and _status_of(path) == "running":
         raise UsageError(f"run {path} is going on. Verify it once it has ended.")
     return list(_parts(path, kind))
+
+
+def _status_of(run: Path) -> str:
+    """The status of a run, ``damaged`` where run.json cannot be read: it is compared like any file."""
+    try:
+        return RunDirectory(run).status
+    except (DataError, RecursionError):
+        return "damaged"
 
 
 def _kind_of(folder: Path) -> str | None:
@@ -122,7 +132,7 @@ def _parts(folder: Path, kind: str) -> Iterator[Part]:
         kind, sums, sizes = _listing(folder, kind)
     except FileNotFoundError:
         yield Part(folder, kind, differences=(Difference(folder, "no manifest", _why_none(folder, kind)),))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *_DAMAGE) as error:
         detail = f"{type(error).__name__}: {error}"
         yield Part(folder, kind, differences=(Difference(folder, "damaged manifest", detail),))
     else:
@@ -169,9 +179,21 @@ def _listing(folder: Path, kind: str) -> tuple[str, dict[str, str], dict[str, in
     if kind == "predictions":
         sums: dict[str, str] = {}
         sizes: dict[str, int] = {}
+        shared: dict[str, set[str]] = {}
         for line in read_journal(folder):
+            for name in line.get("removed", []):
+                sums.pop(name, None)
+                sizes.pop(name, None)
             sums |= line.get("files", {})
             sizes |= line.get("bytes", {})
+            for name in SHARED_FILES & set(line.get("files", {})):
+                shared.setdefault(name, set()).add(line["files"][name])
+        for name, known in shared.items():
+            # Rewritten by every call: which was last cannot be told by the clocks of several machines.
+            path = folder / name
+            found = sha256_of(path) if path.is_file() else ""
+            if name in sums and found in known:
+                sums[name], sizes[name] = found, path.stat().st_size
         return kind, *_checked(sums, sizes)
     if kind == "prepared dataset":
         content = _read(folder / "dataset.json")
@@ -201,7 +223,7 @@ def _checked(sums: Any, sizes: Any) -> tuple[dict[str, str], dict[str, int]]:
 
 def _why_none(folder: Path, kind: str) -> str:
     if kind == "run":
-        status = RunDirectory(folder).status
+        status = _status_of(folder)
         return (
             f"{status}; a run writes it when it ends: this one was killed, or made by an older sdseg. "
             "Recipe, metrics and pictures are not checked"

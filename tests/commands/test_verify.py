@@ -127,6 +127,7 @@ def damaged(folder: Path, name: str, damage: str) -> Path:
     ("folder", "name"),
     [
         ("run", "recipe.yaml"),
+        ("run", "run.json"),
         ("run", "checkpoints/step-000001/optimizer.bin"),
         ("run", "model/unet/diffusion_pytorch_model.safetensors"),
         ("run", "evaluation/test/cases.csv"),
@@ -208,6 +209,8 @@ def test_a_dataset_of_an_older_version_is_read_and_has_nothing_to_verify(copy, c
         '{"files": {"../../etc/passwd": "00"}}',
         '{"files": {"/etc/passwd": "00"}}',
         '{"files": {}, "bytes": {"config.json": "many"}}',
+        '{"files": {}, "bytes": {"config.json": Infinity}}',
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_manifest_is_told_and_leads_nowhere_else(manifest, copy, capsys):
@@ -341,9 +344,33 @@ def test_masks_added_later_are_listed_and_a_torn_line_is_passed_over(copy, made,
     calls = [line for line in read_journal(masks) if "command" in line]
     assert len(calls) == 2
     assert sdseg("predict", made / "scans", "--out", masks, *cpu, "--overlay", "--overwrite") == 0
-    assert len([line for line in read_journal(masks) if "command" in line]) == 1
+    assert len([line for line in read_journal(masks) if "command" in line]) == 3
     assert not (masks / "report.html").exists()  # it showed the masks that were replaced
     assert verified(capsys, masks)[0] == 0
+
+
+def test_replacing_some_masks_leaves_the_list_of_the_others(copy, made, tmp_path, capsys):
+    masks = copy("masks")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(made / "scans" / "1.png", other / "later.png")
+    cpu = ("--out", masks, "--model", made / "run", "--device", "cpu")
+    assert sdseg("predict", other, *cpu) == 0
+    assert sdseg("predict", other, *cpu, "--overwrite") == 0
+    assert verified(capsys, masks)[0] == 0
+    (masks / "later.png").unlink()
+    assert verified(capsys, masks)[1]["differences"][0]["fault"] == "missing"
+
+
+def test_the_clocks_of_several_machines_need_not_agree(copy, capsys):
+    masks = copy("masks")
+    line = {"call": "slow clock", "time": 0.0}
+    sums = dict.fromkeys(("summary.csv", "prediction.json"), "0" * 64)
+    fast = {**line, "time": 9e9, "files": sums, "bytes": dict.fromkeys(sums, 1)}
+    (masks / JOURNAL_FOLDER / "ahead.jsonl").write_text(json.dumps(fast) + "\n")
+    assert verified(capsys, masks)[0] == 0
+    (masks / "summary.csv").write_text("altered")
+    assert verified(capsys, masks)[0] == 1
 
 
 @pytest.mark.faults

@@ -169,8 +169,8 @@ def test_a_signal_while_a_dataset_is_prepared_leaves_nothing(
     process = hardship(
         *("prepare", "phantom", "--cases", 5000, "--size", 64, "--workers", workers, "--out", place / "out")
     )
-    wait_for(lambda: any(place.iterdir()), process)
-    time.sleep(0.2)
+    wait_for(lambda: "/5,000 cases" in process.log(), process)
+    assert any(place.iterdir())
     os.killpg(process.pid, number)
     process.join(30)
     assert process.exitcode == code, process.log()

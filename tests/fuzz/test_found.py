@@ -100,12 +100,38 @@ def test_a_metaimage_header_that_cannot_be_meant_is_refused(old, new, message, t
         ("sizes: 3 3 3", "sizes: 3 3", "sizes is '3 3', expected 3 positive"),
         ("encoding: raw", "encoding raw", "holds the line 'encoding raw'"),
         ("encoding: raw", "encoding: raw\nencoding: gzip", "states encoding twice"),
-        ("encoding: raw", "# " + "x" * 70_000 + "\nencoding: raw", "does not end within 65536 bytes"),
+        ("encoding: raw", "# " + "x" * 1_100_000 + "\nencoding: raw", "does not end within 1048576 bytes"),
     ],
 )
 def test_a_nrrd_header_that_cannot_be_meant_is_refused(old, new, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read_volume(nrrd(tmp_path, (old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "NDims = 3\n",
+            "NDims = 3\n0008|0060 = MR\nmy key = x y\nSeries-Date = 3\nComment = a\nComment = b\n",
+        ),
+        ("NDims = 3\n", "NDims = 3\nModality: MET_MOD_CT\n"),
+    ],
+)
+def test_what_others_write_into_a_metaimage_is_no_damage(old, new, tmp_path):
+    assert read_volume(meta(tmp_path, (old, new))).voxels.shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encoding: raw", "encoding: raw\nDICOM:0008:=a\nDICOM:0010:=b\nkey with blanks:=1: 2"),
+        ("encoding: raw", "encoding: raw\nold max: 3.4e38\nmax: inf"),
+        ("encoding: raw", "# " + "x" * 70_000 + "\nencoding: raw"),
+    ],
+)
+def test_what_others_write_into_a_nrrd_is_no_damage(old, new, tmp_path):
+    assert read_volume(nrrd(tmp_path, (old, new))).voxels.shape == (3, 3, 3)
 
 
 @pytest.mark.parametrize("make", [meta, nrrd])

@@ -232,7 +232,7 @@ def _refuse_odd_pixels(series: DicomSeries, slices: Sequence[Any]) -> None:
 
 def _is_compressed(header: Any) -> bool:
     syntax = header.file_meta.get("TransferSyntaxUID")
-    return syntax is not None and bool(syntax.is_compressed)
+    return syntax is not None and bool(syntax.is_compressed or syntax.is_deflated)
 
 
 def _series_geometry(
@@ -323,7 +323,10 @@ def _note_absent_ends(slices: Sequence[Any], notes: list[str]) -> None:
     An acquisition may have given several series, so that this is no proof and nothing to refuse.
     """
     for name in _COUNTS:
-        stated = max(int(header.get(name) or 0) for header in slices)
+        try:
+            stated = max(int(header.get(name) or 0) for header in slices)
+        except (ValueError, TypeError):  # damaged, or several numbers: a remark is not worth the series
+            continue
         if stated > len(slices):
             found = f"{name} is {stated}, {len(slices)} are here"
             notes.append(f"warning: the first or last slices may be missing [{found}]")

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from sdseg_cli.core.errors import DataError
 
-MAX_BYTES = 65536
+MAX_BYTES = 1 << 20
 """A header that does not end within so many bytes is refused."""
 MAX_DIMENSIONS = 4
 _LARGEST = 1e9  # of a spacing, an origin or a direction
@@ -23,11 +23,12 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _META_WHOLE = ("NDims", "ElementNumberOfChannels", "HeaderSize", "CompressedDataSize")
 _META_VECTORS = ("Offset", "Position", "Origin", "CenterOfRotation", "ElementSpacing", "ElementSize")
 _META_MATRICES = ("TransformMatrix", "Rotation", "Orientation")
-_NRRD_WHOLE = ("dimension", "spacedimension", "lineskip", "byteskip")
-_NRRD_NUMBERS = (
-    *("spacings", "spacedirections", "spaceorigin", "measurementframe", "thicknesses"),
-    *("axismins", "axismaxs", "min", "max", "oldmin", "oldmax"),
+_META_JUDGED = frozenset(
+    {*_META_WHOLE, *_META_VECTORS, *_META_MATRICES}
+    | {"DimSize", "ElementType", "ElementDataFile", "CompressedData", "BinaryData"}
 )
+_NRRD_WHOLE = ("dimension", "spacedimension", "lineskip", "byteskip")
+_NRRD_NUMBERS = (*("spacings", "spacedirections", "spaceorigin", "measurementframe", "thicknesses"),)
 # None and NaN stand for axes that have no such number.
 _NRRD_BLANKS = frozenset({"none", "nan"})
 
@@ -75,10 +76,12 @@ def _metaimage(path: Path, start: bytes) -> ItkHeader:
         text = line.decode("utf-8", "replace").strip()
         if not text:
             continue
-        key, found, value = (part.strip() for part in text.partition("="))
-        if not found or not re.fullmatch(r"\w+", key, re.ASCII):
+        # Any other key is the writer's business: ITK keeps DICOM tags so, as "0008|0060 = MR".
+        match = re.match(r"([^=:]+)[=:](.*)", text)
+        if match is None:
             raise _unusable(path, f"it holds the line {text[:60]!r}, expected KEY = VALUE")
-        if key in fields:
+        key, value = match[1].strip(), match[2].strip()
+        if key in fields and key in _META_JUDGED:
             raise _unusable(path, f"it states {key} twice")
         fields[key] = value
     _check_metaimage(path, fields)
@@ -100,7 +103,7 @@ def _check_metaimage(path: Path, fields: Mapping[str, str]) -> None:
     counts = dict.fromkeys(_META_VECTORS, dimensions) | dict.fromkeys(_META_MATRICES, dimensions**2)
     for key, count in counts.items():
         if key in fields:
-            _numbers(path, key, fields[key].split(), count)
+            _numbers(path, key, fields[key].split()[:count], count)  # what follows is not read
     if int(fields.get("ElementNumberOfChannels", 1)) not in range(1, 65):
         raise _unusable(path, f"its ElementNumberOfChannels is {fields['ElementNumberOfChannels'][:20]}")
 
@@ -114,8 +117,9 @@ def _nrrd(path: Path, start: bytes) -> ItkHeader:
         raise _unusable(path, f"it does not end within {MAX_BYTES} bytes")
     header, offset = (start, len(start)) if match is None else (start[: match.start()], match.end())
     fields: dict[str, str] = {}
-    for line in header.decode("utf-8", "replace").splitlines()[1:]:
-        if line.startswith("#") or not line.strip() or re.match(r"[^:]*:=", line):
+    for line in header.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")[1:]:
+        is_pair = ":=" in line and line.find(":=") < (line + ": ").find(": ")
+        if line.startswith("#") or not line.strip() or is_pair:
             continue  # comments, and pairs of key and value, which say nothing about the voxels
         key, found, value = line.partition(":")
         key = re.sub(r"\s+", "", key).lower()

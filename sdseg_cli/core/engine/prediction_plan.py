@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,29 +200,31 @@ def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:
         )
 
 
-def remove_outputs(tasks: Iterable[PredictionTask]) -> None:
-    """Remove what is to be replaced, all of it before the first new mask is written.
+def remove_outputs(tasks: Iterable[PredictionTask]) -> list[Path]:
+    """Remove what is to be replaced, all of it before the first new mask is written; give what was removed.
 
     Otherwise an interrupted replacement leaves masks of two models side by side, and those of the old one
     would count as done when it goes on.
     """
     tasks = list(tasks)
     inputs = {task.path.resolve() for task in tasks}
+    removed = []
     for task in tasks:
         for path in {*task.outputs, *_masks_of_other_formats(task)}:
             if path.resolve() in inputs:
                 continue
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 path.unlink()
+                removed.append(path)
+    return removed
 
 
 def prepare_folder(out: Path) -> None:
     """Make the output folder and see that it can be written to, before any model is loaded."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".sdseg-probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(prefix=".sdseg-", dir=out):
+            pass
     except OSError as error:
         raise UsageError(
             f"the output folder {readable(out)} cannot be written to ({error.strerror or error}). "
