@@ -19,7 +19,7 @@ from sdseg_cli.commands._measured import (
 )
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
-from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
 from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
@@ -89,14 +89,11 @@ def compare_and_write(methods: Mapping[str, Sequence[Source]], settings: Setting
     """
     refuse_existing(settings.out, overwrite=settings.overwrite, ours=SUMMARY_FILE)
     _refuse_own_source(methods, settings.out)
-    if settings.baseline is not None and settings.baseline not in methods:
-        raise UsageError(
-            f"--baseline {settings.baseline}: there is no such method. There are: {', '.join(methods)}."
-        )
+    from sdseg_cli.core.engine.comparison import Method, choose_baseline, compare
+
+    choose_baseline(list(methods), settings.baseline)
     found = {name: [_Found.of(source) for source in sources] for name, sources in methods.items()}
     settings = _settled(settings, [one for group in found.values() for one in group])
-    from sdseg_cli.core.engine.comparison import Method, compare
-
     _check_data([one.model for group in found.values() for one in group if one.model is not None], settings)
     # What is read goes first: what is wrong with it is told before the models have predicted.
     order = sorted(
@@ -110,13 +107,10 @@ def compare_and_write(methods: Mapping[str, Sequence[Source]], settings: Setting
     return _write(comparison, settings)
 
 
-def show_comparison(written: Written, settings: Settings, *, as_json: bool | None) -> None:
-    """Print the tables, or the report as JSON (None: neither), and say what was written."""
-    if as_json:
-        console.show_json(written.report)
-    elif as_json is False:
-        for table in written.tables:
-            show(table)
+def show_comparison(written: Written, settings: Settings, *, tables: bool) -> None:
+    """Print the tables, if they are wanted, and say what was written and what is left out."""
+    for table in written.tables if tables else ():
+        show(table)
     for note in settings.notes:
         console.warn(note)
     left_out = written.comparison.left_out
@@ -161,7 +155,7 @@ class _Found:
         folder = Path(source.location).expanduser()
         if holds_scores(folder):
             return cls(source, "scores")
-        is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", "export.json"))
+        is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", EXPORT_FILE))
         if folder.is_dir() and not is_model:
             if not list_images(folder) and not any(is_volume(path) for path in folder.iterdir()):
                 raise UsageError(
@@ -198,10 +192,11 @@ def _check_data(models: Sequence[Model], settings: Settings) -> None:
 
 def _settled(settings: Settings, found: Sequence[_Found]) -> Settings:
     """Fill in what is not said: how scores are counted, by scores that are given or the first recipe."""
-    from sdseg_cli.core.engine.comparison_sources import counted_by
+    from sdseg_cli.core.engine.comparison_sources import counted_by, read_summary
 
     recipe = next((one.model.recipe for one in found if one.model is not None and one.model.recipe), None)
-    scores = [counted_by(Path(one.source.location).expanduser()) for one in found if one.kind == "scores"]
+    folders = [Path(one.source.location).expanduser() for one in found if one.kind == "scores"]
+    scores = [counted_by(read_summary(folder)) for folder in folders]
     data = settings.data
     if data is None and any(one.kind == "masks" for one in found):
         if recipe is None:

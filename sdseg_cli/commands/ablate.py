@@ -153,13 +153,13 @@ def ablate(
         baseline=names[0],
     )
     written = {VALIDATION: compare_and_write(_methods(left, names), compared)}
-    show_comparison(written[VALIDATION], compared, as_json=None if as_json else False)
+    show_comparison(written[VALIDATION], compared, tables=not as_json)
     if final_test:
         best = _best(written[VALIDATION], names[1:])
         console.say(f"of the others {best} is best on validation: {names[0]} and {best} are tested")
         tested = replace(compared, split=TEST, out=outs[1], notes=())
         written[TEST] = compare_and_write(_methods(left, [names[0], best]), tested)
-        show_comparison(written[TEST], tested, as_json=None if as_json else False)
+        show_comparison(written[TEST], tested, tables=not as_json)
     if as_json:
         console.show_json({split: one.report for split, one in written.items()})
     if failed or any(map(has_failures, written.values())):

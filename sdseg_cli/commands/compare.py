@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sdseg_cli import console
 from sdseg_cli.commands._comparing import (
     Settings,
     Source,
@@ -122,7 +123,9 @@ def compare(
         overwrite=overwrite,
     )
     written = compare_and_write(methods, settings)
-    show_comparison(written, settings, as_json=as_json)
+    show_comparison(written, settings, tables=not as_json)
+    if as_json:
+        console.show_json(written.report)
     if has_failures(written):
         raise typer.Exit(3)
 

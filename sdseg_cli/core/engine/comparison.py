@@ -146,6 +146,13 @@ class Comparison:
         )
 
 
+def choose_baseline(names: Sequence[str], wanted: str | None) -> str:
+    """The method that differences are from, by default the first. Raises UsageError for an unknown one."""
+    if wanted is not None and wanted not in names:
+        raise UsageError(f"--baseline {wanted}: there is no such method. There are: {', '.join(names)}.")
+    return names[0] if wanted is None else wanted
+
+
 def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: bool = False) -> Comparison:
     """Compare methods on the cases that they share.
 
@@ -167,9 +174,7 @@ def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: 
             reasons = "; ".join(list(run.failed.values())[:3]) or "it holds none"
             raise DataError(f"{run.location}: no case has a score: {reasons}")
     names = [method.name for method in methods]
-    chosen = names[0] if baseline is None else baseline
-    if chosen not in names:
-        raise UsageError(f"--baseline {chosen}: there is no such method. There are: {', '.join(names)}.")
+    chosen = choose_baseline(names, baseline)
     tables = {
         method.name: [{(row["case"], row["class"]): row for row in run.rows} for run in method.runs]
         for method in methods
@@ -180,27 +185,17 @@ def compare(methods: Sequence[Method], *, baseline: str | None = None, partial: 
     units = {str(row["distance_unit"]) for method in methods for run in method.runs for row in run.rows}
     unit = units.pop() if len(units) == 1 else "mixed"
     shown = (*classes, MEAN_OF_CLASSES) if len(classes) > 1 else classes
-    scores = {
-        (name, class_name, metric): np.array(
-            [
-                _values(table, cases, classes if class_name == MEAN_OF_CLASSES else (class_name,), metric)
-                for table in tables[name]
-            ]
-        )
-        for name in names
-        for class_name in shown
-        for metric in COMPARED
-        if not (unit == "mixed" and metric in OF_ONE_UNIT)  # millimetres and pixels have no mean
-    }
+    # Millimetres and pixels have no mean.
+    metrics = [metric for metric in COMPARED if unit != "mixed" or metric not in OF_ONE_UNIT]
     accuracies = []
     for class_name in shown:
-        for metric in COMPARED:
-            group = {
-                name: scores[name, class_name, metric]
+        meant = classes if class_name == MEAN_OF_CLASSES else (class_name,)
+        for metric in metrics:
+            scores = {
+                name: np.array([_values(table, cases, meant, metric) for table in tables[name]])
                 for name in names
-                if (name, class_name, metric) in scores
             }
-            accuracies += _accuracies(group, class_name, metric, chosen)
+            accuracies += _accuracies(scores, class_name, metric, chosen)
     missed, false_alarms = (
         {name: _count(tables[name], cases, outcome) for name in names}
         for outcome in ("missed", "false alarm")
@@ -254,7 +249,7 @@ def _accuracies(
             metric,
             tuple(map(float, means[name])),
             summarise(means[name].tolist()),
-            tuple(summarise(run.tolist(), resamples=1).mean for run in values),
+            tuple(float(_mean(run[~np.isinf(run)], axis=0)) for run in values),
             differences.get(name),
             adjusted.get(name, math.nan),
         )

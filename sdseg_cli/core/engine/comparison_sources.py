@@ -278,13 +278,8 @@ def holds_scores(folder: Path) -> bool:
     return (folder / SUMMARY_FILE).is_file() and {"case", "class", *METRICS} <= set(header)
 
 
-def counted_by(folder: Path) -> dict[str, Any]:
-    """How scores were counted: ``convention``, ``grid``, ``nsd_tolerance``, ``split`` (None of folders).
-
-    Raises:
-        DataError: the summary is damaged.
-    """
-    summary = _summary_of(folder)
+def counted_by(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """How scores were counted: ``convention``, ``grid``, ``nsd_tolerance``, ``split`` (None of folders)."""
     dataset = summary.get("dataset")
     return {
         "convention": summary.get("convention"),
@@ -294,7 +289,8 @@ def counted_by(folder: Path) -> dict[str, Any]:
     }
 
 
-def _summary_of(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What ``sdseg evaluate`` wrote of its scores. Raises DataError where it is damaged."""
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -310,7 +306,8 @@ def read_scores(folder: Path, *, convention: str, grid: str, split: str) -> Scor
     Raises:
         DataError: they were counted otherwise, are of another split, or are damaged.
     """
-    found = counted_by(folder)
+    summary = read_summary(folder)
+    found = counted_by(summary)
     wanted = {"convention": convention, "grid": grid, "nsd_tolerance": NSD_TOLERANCE, "split": split}
     for name, value in wanted.items():
         if found[name] != value and not (name == "split" and found[name] is None):
@@ -324,7 +321,6 @@ def read_scores(folder: Path, *, convention: str, grid: str, split: str) -> Scor
                 )
                 + " again."
             )
-    summary = _summary_of(folder)
     try:
         with (folder / CASES_FILE).open(encoding="utf-8", newline="") as file:
             rows = [_typed(row) for row in csv.DictReader(file)]
