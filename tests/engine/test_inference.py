@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -107,6 +108,17 @@ def test_a_model_loaded_on_a_cpu_has_its_channels_last_and_predicts_the_same(tmp
         assert all(own.is_contiguous(memory_format=torch.channels_last) for own in weights)
     for one, other in zip(loaded(inputs(3)), Predictor(make())(inputs(3)), strict=True):
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [("background", "polyp"), ("background", "liver", "kidney")])
+def test_weights_held_in_half_predict_bit_for_bit_what_autocast_does(tmp_path, classes):
+    make(classes).save_pretrained(tmp_path / "model")
+    held = load_predictor(resolve_model(str(tmp_path / "model")), device="cpu", precision="bf16")
+    kinds = Counter(weights.dtype for weights in held.pipeline.unet.parameters())
+    assert kinds[torch.bfloat16] > kinds[torch.float32] > 0  # norms keep theirs
+    cast = Predictor(make(classes), precision="bf16")
+    acceleration.use_channels_last(cast.pipeline.computing_networks(), torch.device("cpu"))
+    assert_same(held(inputs(3)), cast(inputs(3)), tolerance=0)
 
 
 def test_work_behind_the_networks_keeps_the_order_and_the_results():

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sdseg_cli.core.engine.cuda_graphs import GraphedCalls
+
 WORTH_COMPILING = 512  # images on a GPU from which on compiling is expected to pay back its minute
 _LARGEST_BATCH = 64  # beyond it no network here runs faster, and the last batch is padded to it
 _SHARE_OF_FREE_MEMORY = 0.6  # the rest is left to the allocator's gaps and to other programs
@@ -24,6 +26,25 @@ def use_channels_last(networks: list[nn.Module], device: torch.device, *, traini
     if device.type == "cuda" or (device.type == "cpu" and not training):
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def hold_in_half(networks: list[nn.Module], dtype: torch.dtype) -> None:
+    """Keep weights of convolutions and matrix products in half precision, once and for all.
+
+    Under autocast, which is needed as before, the results are the same bit for bit: it would cast these
+    weights, and only these, at every call.
+    """
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                module.to(dtype)
+
+
+def record_graphs(networks: list[nn.Module]) -> None:
+    """Record the calls of networks that run one after another as CUDA graphs, in place; compile them before."""
+    pool = torch.cuda.graph_pool_handle()
+    for network in networks:
+        network._compiled_call_impl = GraphedCalls(network._compiled_call_impl or network._call_impl, pool)
 
 
 def compile_cache() -> Path:
@@ -46,7 +67,7 @@ def compile_networks(networks: list[nn.Module]) -> None:
 
 
 def undo_compile(networks: list[nn.Module]) -> None:
-    """Let networks run as written again."""
+    """Let networks run as written again: neither compiled nor recorded."""
     for network in networks:
         network._compiled_call_impl = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ import torch
 from sdseg_cli.core.engine.acceleration import (
     MemoryMeter,
     fitting_batch,
+    hold_in_half,
+    record_graphs,
     try_compiled,
     undo_compile,
     use_channels_last,
@@ -37,6 +39,9 @@ _BATCH_ON_GPU = 16
 _PROBED = 4  # images of the batch whose peak says how many fit at once
 _HOST_THREADS = 4  # bring probabilities to the cases' grids; Pillow lets them run side by side
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_Drawn = Callable[[], np.ndarray]  # waits for an image's probabilities, float32 (N, K, S, S)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Predictor:
 
     Attributes:
         looks: one for each slice so far, where the model knows what it was trained on.
+        recorded: whether the networks' calls become CUDA graphs, see :meth:`record`.
     """
 
     def __init__(
@@ -119,6 +125,7 @@ class Predictor:
         self.batch_size = batch_size or (_BATCH_ON_CPU if self.device.type == "cpu" else _BATCH_ON_GPU)
         self.meter = MemoryMeter(self.device) if batch_size is None and self.device.type == "cuda" else None
         self.overlap = self.device.type == "cuda"  # a CPU's cores are all busy with the networks
+        self.recorded = False
         self._compiled = False
         self.seed = seed
         self.num_inference_steps = num_inference_steps
@@ -203,6 +210,12 @@ class Predictor:
             self._sample_at_once(self._blank(_PROBED))
         self.batch_size = fitting_batch(meter.free_bytes(), peak[0] / _PROBED)
 
+    def record(self) -> None:
+        """From now on replay the networks' calls as CUDA graphs. The networks are then for predicting only."""
+        if self.device.type == "cuda" and isinstance(self.pipeline, SDSegPipeline):
+            record_graphs(self.pipeline.computing_networks())
+            self.recorded = True
+
     def compile(self) -> str | None:
         """Compile the networks and run them once on a full batch; the last batch is then padded to it.
 
@@ -214,12 +227,15 @@ class Predictor:
         networks = self.pipeline.computing_networks()
         try:
             self.choose_batch_size()
+            undo_compile(networks)  # recordings are made anew, of what is compiled
             reason = try_compiled(
                 networks, lambda: self._sample_at_once(self._blank(self.batch_size)), self.device
             )
         except torch.OutOfMemoryError:
             reason = f"a batch of {self.batch_size} does not fit into the memory; try --batch-size"
         self._compiled = reason is None
+        if self.recorded:
+            self.record()
         return reason
 
     def _blank(self, count: int) -> list[SliceInput]:
@@ -227,11 +243,11 @@ class Predictor:
         image = np.zeros((size, size, 3), np.uint8)
         return [SliceInput("", index, image, Grid(size, size, size)) for index in range(count)]
 
-    def _sample(self, batch: Sequence[SliceInput]) -> list[np.ndarray]:
+    def _sample(self, batch: Sequence[SliceInput]) -> list[_Drawn]:
         """Draw the probabilities of a batch, (N, K, S, S) each, in as many parts as the memory demands."""
         try:
             self.choose_batch_size()
-            return list(self._sample_at_once(batch))
+            return self._sample_at_once(batch)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise OutOfMemoryError(
@@ -241,9 +257,9 @@ class Predictor:
         # Outside the handler, so that the failed batch's memory is free again.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self._compiled and isinstance(self.pipeline, SDSegPipeline):  # for a shape that does not fit
+        if isinstance(self.pipeline, SDSegPipeline):  # compiled or recorded for a shape that does not fit
             undo_compile(self.pipeline.computing_networks())
-            self._compiled = False
+            self._compiled = self.recorded = False
         self.batch_size = half = max(1, len(batch) // 2)
         return [
             samples
@@ -251,21 +267,27 @@ class Predictor:
             for samples in self._sample(batch[start : start + half])
         ]
 
-    def _sample_at_once(self, batch: Sequence[SliceInput]) -> np.ndarray:
+    def _sample_at_once(self, batch: Sequence[SliceInput]) -> list[_Drawn]:
         with self._autocast():
-            return self.pipeline.sample(
-                [item.image for item in batch],
-                num_inference_steps=self.num_inference_steps,
-                num_samples=self.num_samples,
-                seed=self.seed,
-                case_ids=[item.case_id for item in batch],
-                slice_indices=[item.slice_index for item in batch],
-                first_sample=self.first_sample,
-                flips=self.flips,
-                pad_to=self.batch_size if self._compiled else 0,
-            )
+            arguments = {
+                "num_inference_steps": self.num_inference_steps,
+                "num_samples": self.num_samples,
+                "seed": self.seed,
+                "case_ids": [item.case_id for item in batch],
+                "slice_indices": [item.slice_index for item in batch],
+                "first_sample": self.first_sample,
+                "flips": self.flips,
+                "pad_to": self.batch_size if self._compiled else 0,
+            }
+            images = [item.image for item in batch]
+            if self.device.type == "cuda" and isinstance(self.pipeline, SDSegPipeline):
+                fetch = _on_their_way(list(self.pipeline.draw(images, **arguments)))
+                return [lambda index=index: fetch()[:, index] for index in range(len(batch))]
+            samples = self.pipeline.sample(images, **arguments)
+        return [lambda own=own: own for own in samples]
 
-    def _finish(self, item: SliceInput, samples: np.ndarray) -> SlicePrediction:
+    def _finish(self, item: SliceInput, drawn: _Drawn) -> SlicePrediction:
+        samples = drawn()
         size = self.image_size
         grid = Grid(size, size, size) if self.grid == "model" else item.grid
         label_map, mean, uncertainty, on_case = on_case_grid(samples, grid, self.threshold)
@@ -287,6 +309,24 @@ class Predictor:
         if dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
+
+
+def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
+    """Start to bring draws, (B, K, S, S) each, to the host; the answer waits for them, (N, B, K, S, S).
+
+    The GPU goes on meanwhile with what it is given next.
+    """
+    host = torch.empty(len(draws), *draws[0].shape, pin_memory=True)
+    for place, draw in zip(host, draws, strict=True):
+        place.copy_(draw, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def fetch() -> np.ndarray:
+        arrived.synchronize()
+        return host.numpy()
+
+    return fetch
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -371,8 +411,14 @@ def load_predictor(
     if decoder is not None:
         replace_decoder(pipeline, decoder)
     pipeline.to(chosen)
-    use_channels_last(pipeline.computing_networks(), chosen)
-    return Predictor(pipeline, precision=arithmetic, **options)  # type: ignore[arg-type]
+    networks = pipeline.computing_networks()
+    use_channels_last(networks, chosen)
+    half = _PRECISIONS[arithmetic]
+    if half is not None:
+        hold_in_half(networks, half)
+    predictor = Predictor(pipeline, precision=arithmetic, **options)  # type: ignore[arg-type]
+    predictor.record()
+    return predictor
 
 
 def _load_exported(

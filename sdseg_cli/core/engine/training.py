@@ -177,7 +177,8 @@ class Training:
             if part is not None:
                 part.to(self.device)
         self.network.to(self.device)
-        use_channels_last([self.network], self.device, training=True)
+        parts = [part for part in (self.network, self.networks.autoencoder) if part is not None]
+        use_channels_last(parts, self.device, training=True)
         self.latents = self._make_latent_cache()
         self.ema = self._make_ema()
         optimizer = torch.optim.AdamW(
@@ -189,6 +190,9 @@ class Training:
         if recipe.train.compile:
             _check_compiler(self.device)
             compile_networks([self.network])
+        # A function of its own when it is compiled: the autoencoder also runs as written, in validation.
+        compiles = recipe.train.compile and recipe.objective.pixel_weight > 0
+        self._decode_logits = torch.compile(decode_logits, dynamic=False) if compiles else decode_logits
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.progress = Progress()
         self._totals = _Totals(self.accelerator)
@@ -439,11 +443,12 @@ class Training:
         scale, scheduler = self.progress.latent_scale, self.networks.scheduler
         masks = self._masks(batch)
         with torch.no_grad():
-            encoded = (
-                as_distribution(batch["posterior"])
-                if "posterior" in batch
-                else posterior(self.networks.autoencoder, masks)
-            )
+            if "posterior" in batch:
+                encoded = as_distribution(batch["posterior"])
+            else:
+                with self.accelerator.autocast():
+                    encoded = posterior(self.networks.autoencoder, masks)
+                encoded = as_distribution(encoded.parameters.float())  # the target itself is not rounded
             clean = sample_latents(encoded, batch["posterior_noise"], scale)
             if objective.timesteps == "last":
                 noisy = batch["noise"]  # pure noise: at t = 999 the mixture still shows 2.6 % of the truth
@@ -457,7 +462,8 @@ class Training:
         loss = objective.noise_weight * noise_loss + objective.latent_weight * latent_loss
         reported = {"noise_loss": noise_loss.detach(), "latent_loss": latent_loss.detach()}
         if objective.pixel_weight > 0:
-            logits = decode_logits(self.networks.autoencoder, parts.predicted_original, scale)
+            with self.accelerator.autocast():
+                logits = self._decode_logits(self.networks.autoencoder, parts.predicted_original, scale)
             pixels = pixel_loss(logits, masks).mean()
             loss = loss + objective.pixel_weight * pixels
             reported["pixel_loss"] = pixels.detach()

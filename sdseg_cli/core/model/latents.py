@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypeAlias, Union
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from sdseg_cli.core.model.mask_autoencoder import SPATIAL_FACTOR, MaskAutoencoder
@@ -18,6 +18,11 @@ from sdseg_cli.core.model.mask_decoder import MaskDecoder
 Autoencoder: TypeAlias = Union[AutoencoderKL, MaskAutoencoder]  # noqa: UP007  (diffusers is opaque to mypy)
 
 _STEEPEST = 0.99  # score beyond which the log-odds go on in a straight line
+
+
+def input_dtype(network: ModelMixin, device: torch.device) -> torch.dtype:
+    """What a network is to be given: under autocast float32, which is rounded where that does no harm."""
+    return torch.float32 if torch.is_autocast_enabled(device.type) else network.dtype
 
 
 def spatial_factor(autoencoder: Autoencoder) -> int:
@@ -70,7 +75,8 @@ def decode_scores(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
     Returns:
         float32, (B, M, H, W), the mean over the decoder's channels; about -1 outside and 1 inside a mask.
     """
-    decoded = autoencoder.decode((_apart(autoencoder, latents) / scale).to(autoencoder.dtype)).sample
+    unscaled = (_apart(autoencoder, latents) / scale).to(input_dtype(autoencoder, latents.device))
+    decoded = autoencoder.decode(unscaled).sample
     return _together(decoded.float().mean(dim=1), latents)
 
 
@@ -86,7 +92,7 @@ def decode_logits(autoencoder: Autoencoder, latents: torch.Tensor, scale: float)
         float32, (B, M, H, W). Every pixel has a gradient, also one that is certain and wrong.
     """
     if isinstance(autoencoder, MaskAutoencoder | MaskDecoder):
-        unscaled = (_apart(autoencoder, latents) / scale).to(autoencoder.dtype)
+        unscaled = (_apart(autoencoder, latents) / scale).to(input_dtype(autoencoder, latents.device))
         return _together(autoencoder.decode_logits(unscaled).float()[:, 0], latents)
     # A KL decoder's score is tanh(logit / 2) read backwards; it overshoots its range, where the tangent goes
     # on: cut off there, a wrong pixel could not be mended.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.image_encoder import ImageEncoder
-from sdseg_cli.core.model.latents import decode_scores, masks_per_latent, spatial_factor
+from sdseg_cli.core.model.latents import decode_scores, input_dtype, masks_per_latent, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import reverse_step
@@ -222,8 +222,12 @@ class SDSegPipeline(DiffusionPipeline):
                 output.samples.append(on_case)
         return output
 
+    def sample(self, images: Sequence[np.ndarray], **settings: Any) -> np.ndarray:
+        """Draw probabilities on the model's grid, float32 (B, N, K, S, S); see :meth:`draw`."""
+        return np.stack([drawn.cpu().numpy() for drawn in self.draw(images, **settings)], axis=1)
+
     @torch.no_grad()
-    def sample(
+    def draw(
         self,
         images: Sequence[np.ndarray],
         *,
@@ -235,7 +239,7 @@ class SDSegPipeline(DiffusionPipeline):
         first_sample: int = 0,
         flips: Sequence[str] = (),
         pad_to: int = 0,
-    ) -> np.ndarray:
+    ) -> Iterator[torch.Tensor]:
         """Draw probabilities on the model's grid; the arguments are those of the call.
 
         Args:
@@ -250,13 +254,12 @@ class SDSegPipeline(DiffusionPipeline):
             pad_to: images that the networks are given at least: a compiled graph is made for one shape. What
                 is added is thrown away.
 
-        Returns:
-            float32, (B, N, K, S, S); N counts the samples of every view.
+        Yields:
+            float32, (B, K, S, S), on the networks' device: the draws of every view.
         """
         # Padded before they become tensors: other strides would be another graph.
         blanks = [np.zeros_like(images[0])] * (pad_to - len(images))
         inputs = self.normalise(np.stack([*images, *blanks]))  # (B, 3, S, S)
-        drawn = []
         for axes in mirrored_axes(flips):
             view = inputs.flip(axes) if axes else inputs
             conditioning = self.image_encoder(view) if self.is_diffusion else None
@@ -271,13 +274,12 @@ class SDSegPipeline(DiffusionPipeline):
                     noise = _padded(self.draw_noise(keys), pad_to)
                     scores = self.denoise(conditioning, noise, num_inference_steps)
                     probabilities = scores_to_probabilities(scores)
-                drawn.append(probabilities[: len(images)].flip(axes).cpu().numpy())
-        return np.stack(drawn, axis=1)
+                yield probabilities[: len(images)].flip(axes)
 
     def normalise(self, images: np.ndarray) -> torch.Tensor:
         """Turn images, uint8 (B, S, S, 3), into the networks' input, (B, 3, S, S) in [-1, 1]."""
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).movedim(-1, 1)
-        return tensor.to(self.unet.dtype) / 127.5 - 1
+        tensor = to_device(torch.from_numpy(np.ascontiguousarray(images)), self.device).movedim(-1, 1)
+        return tensor.to(input_dtype(self.unet, self.device)) / 127.5 - 1
 
     def draw_noise(self, keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
         """Draw the starting noise, (B, C, h, w) float32, one key per image; zeros if trained so."""
@@ -285,7 +287,7 @@ class SDSegPipeline(DiffusionPipeline):
         if self.config.noise == "zeros":
             return torch.zeros(len(keys), *shape, device=self.device)
         drawn = [torch.randn(shape, generator=generator_for("noise", *key)) for key in keys]
-        return torch.stack(drawn).to(self.device)
+        return to_device(torch.stack(drawn), self.device)
 
     def denoise(
         self, conditioning: Sequence[torch.Tensor], noise: torch.Tensor, num_inference_steps: int
@@ -313,7 +315,7 @@ class SDSegPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps.tolist()
         for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
             at = torch.full((len(latent),), timestep, device=noise.device)
-            output = self.unet(latent.to(self.unet.dtype), at, conditioning, class_labels)
+            output = self.unet(latent.to(input_dtype(self.unet, self.device)), at, conditioning, class_labels)
             latent = reverse_step(self.scheduler, output, latent, timestep, following)
         scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)
         if masks_per_latent(self.autoencoder, latent.shape[1]) > 1:
@@ -322,6 +324,11 @@ class SDSegPipeline(DiffusionPipeline):
         if num_maps > 1:
             scores[:, 0] = -scores[:, 0]
         return scores
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring a tensor of the host to a device, without waiting for what a GPU is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def check_inputs(

@@ -1,0 +1,81 @@
+"""Calls of a network as CUDA graphs: one launch in place of hundreds, which small batches otherwise wait for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+_MOST_RECORDINGS = 4  # of one network; each holds its inputs and outputs, and what lies between them
+
+_logger = logging.getLogger(__name__)
+
+
+class GraphedCalls:
+    """Stands in for a network's call: the second of the same shapes is recorded, later ones are replayed.
+
+    The first runs as it is: it does what is done once (compiling, choosing algorithms). What is returned lies
+    where the next call of the same shapes will write, so it has to be used or copied before that. With
+    gradients, on another device, or where recording fails, calls run as they are.
+
+    Args:
+        call: what the network runs, compiled or as written; in evaluation mode.
+        pool: memory that the graphs of networks which run one after another share, of
+            ``torch.cuda.graph_pool_handle``.
+    """
+
+    def __init__(self, call: Callable[..., Any], pool: Any) -> None:
+        self._call = call
+        self._pool = pool
+        self._met: dict[Hashable, _Recording | None] = {}
+        self._fails = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(inputs)
+        if self._fails or not _recordable(leaves):
+            return self._call(*inputs)
+        key = (*map(_signature, leaves), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        if key not in self._met:
+            if len(self._met) < _MOST_RECORDINGS:
+                self._met[key] = None
+            return self._call(*inputs)
+        recording = self._met[key]
+        if recording is None:
+            try:
+                recording = self._met[key] = _Recording(self._call, leaves, structure, self._pool)
+            except RuntimeError as error:  # the memory does not hold it twice, or something cannot be recorded
+                _logger.debug("not recorded as a CUDA graph: %s", error)
+                self._fails = True
+                return self._call(*inputs)
+        return recording.replay(leaves)
+
+
+class _Recording:
+    def __init__(self, call: Callable[..., Any], leaves: list, structure: Any, pool: Any) -> None:
+        self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # the graph's own memory comes from what no one holds
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._outputs = call(*pytree.tree_unflatten(self._inputs, structure))
+
+    def replay(self, leaves: list) -> Any:
+        for kept, given in zip(self._inputs, leaves, strict=True):
+            if isinstance(given, torch.Tensor):
+                kept.copy_(given)
+        self._graph.replay()
+        return self._outputs
+
+
+def _recordable(leaves: list) -> bool:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    on_gpu = bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
+    return on_gpu and not torch.is_grad_enabled()
+
+
+def _signature(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.stride()
+    return leaf

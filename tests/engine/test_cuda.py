@@ -1,0 +1,111 @@
+"""What only a GPU does: recorded calls, weights in half precision and a resumed training; skipped elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from sdseg_cli.core.engine import cuda_graphs
+from sdseg_cli.core.engine.inference import Predictor, load_predictor
+from sdseg_cli.core.engine.training import train
+from sdseg_cli.core.run_directory import RunDirectory, resolve_model
+from tests.engine.test_inference import inputs, make
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+ORGANS = ("background", "liver", "kidney")
+# Algorithms are chosen by shape, so that batches of other sizes differ in the last bits of TF32 convolutions.
+CLOSE = 2e-2
+
+
+@pytest.fixture
+def replays(monkeypatch) -> Counter:
+    counted: Counter = Counter()
+    replay = cuda_graphs._Recording.replay
+
+    def counting(self, leaves):
+        counted["replays"] += 1
+        return replay(self, leaves)
+
+    monkeypatch.setattr(cuda_graphs._Recording, "replay", counting)
+    return counted
+
+
+def probabilities(predictor, items) -> np.ndarray:
+    return np.stack([found.probabilities for found in predictor(items)])
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_samples": 3}, {"flips": ("horizontal", "vertical")}], ids=str)
+@pytest.mark.parametrize("classes", [("background", "polyp"), ORGANS], ids=["binary", "organs"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_replayed_calls_predict_what_the_networks_do(tmp_path, replays, classes, precision, settings):
+    make(classes).save_pretrained(tmp_path / "model")
+    reference = resolve_model(str(tmp_path / "model"))
+    given = inputs(15)  # the last batch is of another size
+    recorded = load_predictor(reference, precision=precision, batch_size=4, **settings)
+    found = probabilities(recorded, given)
+    assert replays["replays"] > 0
+    as_written = Predictor(make(classes).to("cuda"), precision=precision, batch_size=4, **settings)
+    np.testing.assert_allclose(found, probabilities(as_written, given), atol=CLOSE)
+    again = probabilities(recorded, given)
+    np.testing.assert_allclose(again, found, atol=CLOSE)
+    assert np.abs(found[0] - found[1]).max() > 10 * np.abs(again - found).max()  # of its own image each
+
+
+def test_weights_held_in_half_change_nothing_under_autocast(tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    held = load_predictor(resolve_model(str(tmp_path / "model")), precision="bf16", batch_size=4)
+    cast = Predictor(
+        make().to("cuda").to(memory_format=torch.channels_last), precision="bf16", batch_size=4
+    )
+    np.testing.assert_allclose(probabilities(held, inputs(4)), probabilities(cast, inputs(4)), atol=1e-3)
+
+
+def test_compiled_and_recorded_networks_predict_the_same(tmp_path, replays):
+    make().save_pretrained(tmp_path / "model")
+    reference = resolve_model(str(tmp_path / "model"))
+    expected = probabilities(load_predictor(reference, precision="fp32", batch_size=4), inputs(10))
+    compiled = load_predictor(reference, precision="fp32", batch_size=4)
+    assert compiled.compile() is None
+    replays.clear()
+    found = probabilities(compiled, inputs(10))
+    assert replays["replays"] >= 3 * 2  # three networks, from the second batch on
+    np.testing.assert_allclose(found, expected, atol=CLOSE)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(tmp_path, replays, monkeypatch):
+    def refuses(*arguments, **options):
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    make().save_pretrained(tmp_path / "model")
+    reference = resolve_model(str(tmp_path / "model"))
+    expected = probabilities(load_predictor(reference, batch_size=4), inputs(12))
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    replays.clear()
+    np.testing.assert_allclose(
+        probabilities(load_predictor(reference, batch_size=4), inputs(12)), expected, atol=CLOSE
+    )
+    assert not replays
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
+def test_a_training_resumed_on_a_gpu_equals_an_uninterrupted_one(tiny_recipe, tmp_path, compiled):
+    def run(name: str, steps: int, *, resume: bool = False) -> dict[str, torch.Tensor]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        recipe = tiny_recipe({"train.steps": steps, "train.compile": compiled, "objective.pixel_weight": 0.5})
+        root = tmp_path / name
+        directory = RunDirectory.open(root) if resume else RunDirectory.create(root, recipe)
+        list(train(recipe, directory, resume=resume, device="cuda"))
+        return load_file(directory.latest_checkpoint() / "model.safetensors")
+
+    whole = run("whole", 6)
+    run("parts", 3)
+    resumed = run("parts", 6, resume=True)
+    assert whole.keys() == resumed.keys()
+    for name, weights in whole.items():
+        torch.testing.assert_close(resumed[name], weights, atol=1e-4, rtol=1e-3)
