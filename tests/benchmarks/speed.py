@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdseg_cli.core.engine.acceleration import missing_compiler
+from sdseg_cli.core.engine.acceleration import hold_in_half, missing_compiler, record_graphs
 from sdseg_cli.core.model.exported import OneStep, write_graph
 from sdseg_cli.core.model.image_encoder import KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -66,13 +66,14 @@ class Variant:
     channels_last: bool = False
     compiled: bool = False
     recompute: bool = False  # activations, in the backward pass
+    recorded: bool = False  # as sdseg predicts on a GPU: weights held in half, calls replayed as CUDA graphs
     runtime: str = ""  # onnx or openvino: the graph that ``sdseg export`` writes, in place of PyTorch
 
     @property
     def name(self) -> str:
         words = [self.family, self.precision, *[self.runtime] * bool(self.runtime)]
         words += ["channels-last"] * self.channels_last + ["compiled"] * self.compiled
-        words += ["recomputed"] * self.recompute
+        words += ["recomputed"] * self.recompute + ["recorded"] * self.recorded
         return " ".join(words)
 
 
@@ -175,6 +176,8 @@ def variants(device: torch.device, compile_too: bool, runtimes: Sequence[str]) -
             found.append(Variant(family, half, True, recompute=True))
         if device.type == "cuda":
             found += [Variant(family, "fp16"), Variant(family, "fp16", True)]
+            found += [Variant(family, half, True, recorded=True)]
+            found += [Variant(family, half, True, True, recorded=True)] * compile_too
         else:
             found += [Variant(family, runtime=kind) for kind in runtimes]
     return found
@@ -201,6 +204,9 @@ class Subject:
             self.model.image_encoder.enable_gradient_checkpointing()
         networks = [part for name, part in self.parts.items() if name != "decoder"]
         self.trained = [parameter for part in networks for parameter in part.parameters()]
+        if variant.recorded:
+            hold_in_half(list(self.parts.values()), PRECISIONS[variant.precision])
+            record_graphs(list(self.parts.values()))
         self.optimizer: torch.optim.Optimizer | None = None
         self.graph = graph(variant.family, variant.runtime, size, tiny) if variant.runtime else None
 
@@ -346,6 +352,7 @@ def measure(options: argparse.Namespace) -> dict:
         if not options.only or any(word in variant.name for word in options.only)
     ]
     results = {variant: Result(variant.name) for variant in chosen}
+    kept: dict[Variant, Subject] = {}  # on a GPU: compiling takes longer than all that is timed
     for number in range(options.rounds):
         for variant in chosen:
             result = results[variant]
@@ -353,7 +360,9 @@ def measure(options: argparse.Namespace) -> dict:
                 continue
             print(f"round {number + 1}/{options.rounds}: {variant.name}", file=sys.stderr)
             try:
-                one_round(variant, result, device, options)
+                subject = one_round(variant, result, kept.get(variant), device, options)
+                if device.type == "cuda":
+                    kept[variant] = subject
             except Exception as error:
                 result.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             gc.collect()
@@ -379,23 +388,37 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
-def one_round(variant: Variant, result: Result, device: torch.device, options: argparse.Namespace) -> None:
-    """Build a variant anew, warm it up and time it; the memory of others is not in its figures."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def one_round(
+    variant: Variant,
+    result: Result,
+    subject: Subject | None,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> Subject:
+    """Build a variant if need be, warm it up and time it; the memory of others is not in its figures."""
     if not result.gflop_per_image:  # counted on networks as written: a compiled graph hides its operations
         counted = counted_flops(variant.family, str(device), options.size, options.tiny)
         result.gflop_per_image, result.shares = counted
-    subject = Subject(variant, device, options.size, options.tiny)
+    others = (
+        0.0 if subject is not None or device.type != "cuda" else torch.cuda.memory_allocated(device) / 2**30
+    )
+    first = subject is None
+    if first and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    subject = subject or Subject(variant, device, options.size, options.tiny)
     for count in options.batches:
         given = subject.inputs(count)
         for _ in range(options.warm_up):
-            subject.predict(*given)
+            subject.predict(*given)  # on a GPU the second call is recorded
         seconds = timed(lambda given=given: subject.predict(*given), device, options.repeats)
         result.seconds.setdefault(f"batch {count}", []).append(seconds)
-    result.peak_memory_gib = max(result.peak_memory_gib, peak_memory_gib(device))
-    if not options.training or variant.runtime or variant.precision == "fp16":  # which takes a loss scaler
-        return
+    if first:
+        result.peak_memory_gib = peak_memory_gib(device) - others
+    predicts_only = (
+        variant.runtime or variant.recorded or variant.precision == "fp16"
+    )  # it takes a loss scaler
+    if not options.training or predicts_only:
+        return subject
     for part in subject.parts.values():
         part.train()
     given = subject.inputs(options.training_batch)
@@ -403,6 +426,7 @@ def one_round(variant: Variant, result: Result, device: torch.device, options: a
         subject.train_step(*given)
     seconds = timed(lambda: subject.train_step(*given), device, options.repeats)
     result.seconds.setdefault(f"training {options.training_batch}", []).append(seconds)
+    return subject
 
 
 def settle(variant: Variant, result: Result, rates: dict[str, float]) -> None:

@@ -6,8 +6,9 @@
     python tests/benchmarks/training_step.py data/phantom128 --device cpu --out results/training-step
     python tests/benchmarks/training_step.py data/phantom128 --only paper --autoencoder weights/kl-f8
 
-Every variant is a training of its own, of the recipe's networks; each makes one step in turn, and medians
-are told. The first passes over the images fill the kept latents and are not counted. Without
+Every variant is a training of its own, of the recipe's networks. On a CPU each makes one step in turn; on a
+GPU one comes after another, with the peak of its memory. Medians are told. The first pass over the images
+fills the kept latents and is not counted. Without
 ``--autoencoder`` the paper's networks are timed with one of random weights, which costs the same.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from sdseg_cli.core.engine import training
@@ -31,7 +34,11 @@ from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import load_recipe
 from sdseg_cli.core.run_directory import RunDirectory
 
-FLIPS = {f"data.augmentation.{name}": 0 for name in ("affine", "colour", "blur", "noise")}
+# Nothing moves a mask, so that one pass over the images keeps the latents of all.
+STILL = {
+    f"data.augmentation.{name}": 0
+    for name in ("horizontal_flip", "vertical_flip", "affine", "colour", "blur", "noise")
+}
 COMMON = {
     "data.workers": 0,
     "train.log_every": 1,
@@ -39,37 +46,53 @@ COMMON = {
     "train.checkpoint_every": 100_000,
     "train.trackers": [],
 }
+FLOAT32, BF16 = {"train.precision": "fp32"}, {"train.precision": "bf16"}
+COMPILED, RECOMPUTED = {"train.compile": True}, {"train.gradient_checkpointing": True}
 # What a variant sets in the recipe, and what it changes in the training beside it.
 VARIANTS: dict[str, tuple[dict, str]] = {
-    "latents encoded each step": (FLIPS, "no cache"),
-    "latents kept": (FLIPS, ""),
-    "latents kept, channels-last": (FLIPS, "channels-last"),
-    "latents kept, compiled": (FLIPS | {"train.compile": True}, ""),
-    "recipe's augmentation, latents encoded each step": ({}, ""),
+    "as published: float32, latents encoded each step": (STILL | FLOAT32, "no cache, as written"),
+    "float32, latents kept": (STILL | FLOAT32, "as written"),
+    "float32, latents kept, channels-last": (STILL | FLOAT32, "channels-last"),
+    "float32, latents kept, compiled": (STILL | FLOAT32 | COMPILED, ""),
+    "bf16, latents kept": (STILL | BF16, ""),
+    "fast: bf16, latents kept, compiled": (STILL | BF16 | COMPILED, ""),
+    "frugal: bf16, latents kept, compiled, recomputed": (STILL | BF16 | COMPILED | RECOMPUTED, ""),
+    "recipe": ({}, ""),
+    "recipe, compiled": (COMPILED, ""),
+    "recipe, compiled, graphs": (COMPILED, "graphs"),
 }
 
 
 @contextlib.contextmanager
 def changed(change: str) -> Iterator[None]:
-    """Build a training without its cache, or with weights laid out as on a GPU."""
-    most, layout = training.MOST_BYTES, training.use_channels_last
+    """Build a training without its cache, with another layout of its weights, or with graphs replayed."""
+    most, layout, compiled = training.MOST_BYTES, training.use_channels_last, training.compile_networks
 
     def laid_out(networks: list, _device: torch.device, *, training: bool) -> None:
         for network in networks:
             network.to(memory_format=torch.channels_last)
 
+    def graphed(networks: list) -> None:
+        for network in networks:
+            network.compile(dynamic=False, mode="reduce-overhead")
+
     try:
-        if change == "no cache":
+        if "no cache" in change:
             training.MOST_BYTES = 0
-        elif change == "channels-last":
+        if "as written" in change:
+            training.use_channels_last = lambda *networks, **settings: None
+        elif "channels-last" in change:
             training.use_channels_last = laid_out
+        if "graphs" in change:
+            training.compile_networks = graphed
         yield
     finally:
-        training.MOST_BYTES, training.use_channels_last = most, layout
+        training.MOST_BYTES, training.use_channels_last, training.compile_networks = most, layout, compiled
 
 
 def start(settings: dict, change: str, recipe: str, folder: Path, device: str) -> Iterator:
     """Begin a training; each ``next`` is one step."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process otherwise
     chosen = load_recipe(recipe, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
     with changed(change):
         begun = training.Training(chosen, device=device)
@@ -95,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=9, help="counted, after the warm-up")
-    parser.add_argument("--warm-up", type=int, help="steps not counted (four passes over the images)")
+    parser.add_argument("--warm-up", type=int, help="steps not counted (one pass over the images and 3)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", choices=["kseg-fast", "paper"], default="kseg-fast", help="which networks")
     parser.add_argument("--variants", nargs="*", metavar="WORDS", help="those whose names hold one of these")
@@ -125,27 +148,51 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         for given in options.set:
             name, _, value = given.partition("=")
             settings[name] = json.loads(value)
-        running = {
-            name: start(settings | own, change, recipe, Path(folder) / str(index), options.device)
-            for index, (name, (own, change)) in enumerate(VARIANTS.items())
-            if not options.variants or any(word in name for word in options.variants)
-        }
-        # Each image is met in four forms under two flips; most are met in a few passes.
-        warm_up = options.warm_up or 4 * -(-manifest.splits["train"] // options.batch)
-        seconds: dict[str, list[float]] = {name: [] for name in running}
-        for step in range(warm_up + options.steps):
-            print(f"step {step + 1}/{warm_up + options.steps}", file=sys.stderr)
-            for name, records in running.items():
-                started = time.perf_counter()
-                next(records)
-                if step >= warm_up:
-                    seconds[name].append(time.perf_counter() - started)
-    if torch.cuda.is_available():
-        print(f"peak of all variants together: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    first = next(iter(seconds))
+        chosen = [name for name in VARIANTS if any(word in name for word in options.variants or [""])]
+        warm_up = options.warm_up or -(-manifest.splits["train"] // options.batch) + 3
+        seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        peaks: dict[str, float] = {}
+
+        on_gpu = torch.cuda.is_available() and options.device != "cpu"
+        every = settings["train.log_every"] = 5 if on_gpu else 1  # reading the losses waits for a GPU
+
+        def begin(name: str) -> Iterator:
+            own, change = VARIANTS[name]
+            place = Path(folder) / str(chosen.index(name))
+            return start(settings | own, change, recipe, place, options.device)
+
+        def step(name: str, records: Iterator, number: int) -> None:
+            started = time.perf_counter()
+            next(records)
+            if number >= warm_up:
+                seconds[name].append((time.perf_counter() - started) / every)
+
+        if on_gpu:
+            for name in chosen:  # one after another, so that each has a peak of its own
+                print(name, file=sys.stderr)
+                torch.cuda.reset_peak_memory_stats()
+                records = begin(name)
+                for number in range(0, warm_up + options.steps, every):
+                    step(name, records, number)
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+                records.close()
+                del records
+                gc.collect()
+                torch.cuda.empty_cache()
+        else:
+            running = {name: begin(name) for name in chosen}
+            for number in range(warm_up + options.steps):
+                print(f"step {number + 1}/{warm_up + options.steps}", file=sys.stderr)
+                for name, records in running.items():
+                    step(name, records, number)
+    first = chosen[0]
     rates = {name: options.batch / statistics.median(values) for name, values in seconds.items()}
     found = {
-        name: {"samples_per_second": round(rate, 2), "ratio": round(rate / rates[first], 2)}
+        name: {
+            "samples_per_second": round(rate, 2),
+            "ratio": round(rate / rates[first], 2),
+            "peak_gib": round(peaks[name], 2) if name in peaks else None,
+        }
         for name, rate in rates.items()
     }
     print(json.dumps(found, indent=2))

@@ -1,4 +1,4 @@
-"""What only a GPU does: recorded calls, weights in half precision and a resumed training; skipped elsewhere."""
+"""What only a GPU does: recorded calls, weights in half precision, a resumed training. Skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def test_replayed_calls_predict_what_the_networks_do(tmp_path, replays, classes,
 def test_weights_held_in_half_change_nothing_under_autocast(tmp_path):
     make().save_pretrained(tmp_path / "model")
     held = load_predictor(resolve_model(str(tmp_path / "model")), precision="bf16", batch_size=4)
-    cast = Predictor(
-        make().to("cuda").to(memory_format=torch.channels_last), precision="bf16", batch_size=4
-    )
+    cast = Predictor(make().to("cuda").to(memory_format=torch.channels_last), precision="bf16", batch_size=4)
     np.testing.assert_allclose(probabilities(held, inputs(4)), probabilities(cast, inputs(4)), atol=1e-3)
 
 

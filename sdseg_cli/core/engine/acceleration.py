@@ -41,7 +41,7 @@ def hold_in_half(networks: list[nn.Module], dtype: torch.dtype) -> None:
 
 
 def record_graphs(networks: list[nn.Module]) -> None:
-    """Record the calls of networks that run one after another as CUDA graphs, in place; compile them before."""
+    """Record calls of networks that run one after another as CUDA graphs, in place; compile them before."""
     pool = torch.cuda.graph_pool_handle()
     for network in networks:
         network._compiled_call_impl = GraphedCalls(network._compiled_call_impl or network._call_impl, pool)

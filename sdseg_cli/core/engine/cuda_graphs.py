@@ -1,4 +1,4 @@
-"""Calls of a network as CUDA graphs: one launch in place of hundreds, which small batches otherwise wait for."""
+"""Calls of a network as CUDA graphs: one launch in place of hundreds, which small batches wait for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-_MOST_RECORDINGS = 4  # of one network; each holds its inputs and outputs, and what lies between them
+_MOST_RECORDINGS = 6  # of one network; each holds its inputs and outputs, and what lies between them
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class GraphedCalls:
         self._fails = False
 
     def __call__(self, *inputs: Any) -> Any:
+        """Give what the call gives, in memory that the next replay writes to."""
         leaves, structure = pytree.tree_flatten(inputs)
         if self._fails or not _recordable(leaves):
             return self._call(*inputs)
@@ -46,7 +47,7 @@ class GraphedCalls:
         if recording is None:
             try:
                 recording = self._met[key] = _Recording(self._call, leaves, structure, self._pool)
-            except RuntimeError as error:  # the memory does not hold it twice, or something cannot be recorded
+            except RuntimeError as error:  # no memory to hold it twice, or a part cannot be recorded
                 _logger.debug("not recorded as a CUDA graph: %s", error)
                 self._fails = True
                 return self._call(*inputs)

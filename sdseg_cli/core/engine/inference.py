@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -211,7 +212,7 @@ class Predictor:
         self.batch_size = fitting_batch(meter.free_bytes(), peak[0] / _PROBED)
 
     def record(self) -> None:
-        """From now on replay the networks' calls as CUDA graphs. The networks are then for predicting only."""
+        """Replay the networks' calls as CUDA graphs from now on; the networks then only predict."""
         if self.device.type == "cuda" and isinstance(self.pipeline, SDSegPipeline):
             record_graphs(self.pipeline.computing_networks())
             self.recorded = True
@@ -269,7 +270,7 @@ class Predictor:
 
     def _sample_at_once(self, batch: Sequence[SliceInput]) -> list[_Drawn]:
         with self._autocast():
-            arguments = {
+            arguments: dict[str, Any] = {
                 "num_inference_steps": self.num_inference_steps,
                 "num_samples": self.num_samples,
                 "seed": self.seed,
@@ -282,9 +283,9 @@ class Predictor:
             images = [item.image for item in batch]
             if self.device.type == "cuda" and isinstance(self.pipeline, SDSegPipeline):
                 fetch = _on_their_way(list(self.pipeline.draw(images, **arguments)))
-                return [lambda index=index: fetch()[:, index] for index in range(len(batch))]
+                return [partial(fetch, index) for index in range(len(batch))]
             samples = self.pipeline.sample(images, **arguments)
-        return [lambda own=own: own for own in samples]
+        return [partial(np.asarray, own) for own in samples]
 
     def _finish(self, item: SliceInput, drawn: _Drawn) -> SlicePrediction:
         samples = drawn()
@@ -311,8 +312,8 @@ class Predictor:
         return torch.autocast(self.device.type, dtype=dtype)
 
 
-def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
-    """Start to bring draws, (B, K, S, S) each, to the host; the answer waits for them, (N, B, K, S, S).
+def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[int], np.ndarray]:
+    """Start to bring draws, (B, K, S, S) each, to the host; the answer waits for an image's, (N, K, S, S).
 
     The GPU goes on meanwhile with what it is given next.
     """
@@ -322,9 +323,9 @@ def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def fetch() -> np.ndarray:
+    def fetch(index: int) -> np.ndarray:
         arrived.synchronize()
-        return host.numpy()
+        return host[:, index].numpy()
 
     return fetch
 
