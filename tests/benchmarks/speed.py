@@ -45,6 +45,9 @@ from sdseg_cli.core.model.plain_unet import PlainUNet
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
 
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import turn
+
 BATCHES = (1, 16)
 TRAINED_BATCH = 16
 BUSY = False  # set by --busy: seconds of this process's one thread, in place of the clock's
@@ -349,7 +352,8 @@ def measure(options: argparse.Namespace) -> dict:
     chosen = [
         variant
         for variant in variants(device, compile_too, options.runtimes)
-        if not options.only or any(word in variant.name for word in options.only)
+        if not options.only
+        or any(word in variant.name or word == f"={variant.name}" for word in options.only)
     ]
     results = {variant: Result(variant.name) for variant in chosen}
     kept: dict[Variant, Subject] = {}  # on a GPU: compiling takes longer than all that is timed
@@ -369,7 +373,8 @@ def measure(options: argparse.Namespace) -> dict:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     precisions = {variant.precision for variant in chosen}
-    rates = {name: matrix_rate(device, name, options.matrix) for name in sorted(precisions)}
+    with turn():
+        rates = {name: matrix_rate(device, name, options.matrix) for name in sorted(precisions)}
     for variant, result in results.items():
         settle(variant, result, rates)
     return {
@@ -408,9 +413,11 @@ def one_round(
     subject = subject or Subject(variant, device, options.size, options.tiny)
     for count in options.batches:
         given = subject.inputs(count)
-        for _ in range(options.warm_up):
+        for _ in range(options.warm_up if first or device.type != "cuda" else 0):
             subject.predict(*given)  # on a GPU the second call is recorded
-        seconds = timed(lambda given=given: subject.predict(*given), device, options.repeats)
+        with turn():
+            subject.predict(*given)
+            seconds = timed(lambda given=given: subject.predict(*given), device, options.repeats)
         result.seconds.setdefault(f"batch {count}", []).append(seconds)
     if first:
         result.peak_memory_gib = peak_memory_gib(device) - others
@@ -482,7 +489,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread: others compute too")
     parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--runtimes", nargs="*", default=RUNTIMES, help="of exported graphs, on a CPU")
-    parser.add_argument("--only", nargs="*", metavar="WORDS", help="variants whose names hold one of these")
+    parser.add_argument(
+        "--only", nargs="*", metavar="WORDS", help="variants whose names hold one, or are =ONE"
+    )
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md")
     options = parser.parse_args(arguments)
     quick = options.quick

@@ -34,6 +34,9 @@ from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import load_recipe
 from sdseg_cli.core.run_directory import RunDirectory
 
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import turn
+
 # Nothing moves a mask, so that one pass over the images keeps the latents of all.
 STILL = {
     f"data.augmentation.{name}": 0
@@ -121,7 +124,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--warm-up", type=int, help="steps not counted (one pass over the images and 3)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", choices=["kseg-fast", "paper"], default="kseg-fast", help="which networks")
-    parser.add_argument("--variants", nargs="*", metavar="WORDS", help="those whose names hold one of these")
+    parser.add_argument(
+        "--variants", nargs="*", metavar="WORDS", help="those whose names hold one, or are =ONE"
+    )
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of a KL autoencoder, for the paper's networks"
     )
@@ -148,7 +153,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         for given in options.set:
             name, _, value = given.partition("=")
             settings[name] = json.loads(value)
-        chosen = [name for name in VARIANTS if any(word in name for word in options.variants or [""])]
+        chosen = [
+            name
+            for name in VARIANTS
+            if any(word in name or word == f"={name}" for word in options.variants or [""])
+        ]
         warm_up = options.warm_up or -(-manifest.splits["train"] // options.batch) + 3
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         peaks: dict[str, float] = {}
@@ -172,8 +181,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
                 print(name, file=sys.stderr)
                 torch.cuda.reset_peak_memory_stats()
                 records = begin(name)
-                for number in range(0, warm_up + options.steps, every):
+                for number in range(0, warm_up, every):
                     step(name, records, number)
+                with turn():
+                    for number in range(warm_up, warm_up + options.steps, every):
+                        step(name, records, number)
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
                 records.close()
                 del records
