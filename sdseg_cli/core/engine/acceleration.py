@@ -41,10 +41,9 @@ def hold_in_half(networks: list[nn.Module], dtype: torch.dtype) -> None:
 
 
 def record_graphs(networks: list[nn.Module]) -> None:
-    """Record calls of networks that run one after another as CUDA graphs, in place; compile them before."""
-    pool = torch.cuda.graph_pool_handle()
+    """Record the calls of networks as CUDA graphs, in place; what is to be compiled is compiled before."""
     for network in networks:
-        network._compiled_call_impl = GraphedCalls(network._compiled_call_impl or network._call_impl, pool)
+        network._compiled_call_impl = GraphedCalls(network._compiled_call_impl or network._call_impl)
 
 
 def compile_cache() -> Path:

@@ -23,13 +23,10 @@ class GraphedCalls:
 
     Args:
         call: what the network runs, compiled or as written; in evaluation mode.
-        pool: memory that the graphs of networks which run one after another share, of
-            ``torch.cuda.graph_pool_handle``.
     """
 
-    def __init__(self, call: Callable[..., Any], pool: Any) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
-        self._pool = pool
         self._met: dict[Hashable, _Recording | None] = {}
         self._fails = False
 
@@ -46,7 +43,7 @@ class GraphedCalls:
         recording = self._met[key]
         if recording is None:
             try:
-                recording = self._met[key] = _Recording(self._call, leaves, structure, self._pool)
+                recording = self._met[key] = _Recording(self._call, leaves, structure)
             except RuntimeError as error:  # no memory to hold it twice, or a part cannot be recorded
                 _logger.debug("not recorded as a CUDA graph: %s", error)
                 self._fails = True
@@ -55,11 +52,13 @@ class GraphedCalls:
 
 
 class _Recording:
-    def __init__(self, call: Callable[..., Any], leaves: list, structure: Any, pool: Any) -> None:
+    def __init__(self, call: Callable[..., Any], leaves: list, structure: Any) -> None:
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # the graph's own memory comes from what no one holds
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Memory of its own: in a pool shared by graphs, one that is replayed twice writes over what a graph
+        # recorded later gave. And other threads may wait for their results meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = call(*pytree.tree_unflatten(self._inputs, structure))
 
     def replay(self, leaves: list) -> Any:
