@@ -356,7 +356,7 @@ def measure(options: argparse.Namespace) -> dict:
         or any(word in variant.name or word == f"={variant.name}" for word in options.only)
     ]
     results = {variant: Result(variant.name) for variant in chosen}
-    kept: dict[Variant, Subject] = {}  # on a GPU: compiling takes longer than all that is timed
+    kept: dict[Variant, Subject] = {}  # those that were compiled: that takes longer than all that is timed
     for number in range(options.rounds):
         for variant in chosen:
             result = results[variant]
@@ -365,7 +365,7 @@ def measure(options: argparse.Namespace) -> dict:
             print(f"round {number + 1}/{options.rounds}: {variant.name}", file=sys.stderr)
             try:
                 subject = one_round(variant, result, kept.get(variant), device, options)
-                if device.type == "cuda":
+                if device.type == "cuda" or variant.compiled:
                     kept[variant] = subject
             except Exception as error:
                 result.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
