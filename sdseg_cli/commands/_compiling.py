@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor
 
 
+SLICES_OF_A_VOLUME = 100  # about: how many a volume has is known when it is read
+
+
 def compile_if_wanted(predictor: Predictor, wanted: bool | None, images: int) -> None:
     """Compile as ``--compile`` says; without it by device and number of images.
 
     Args:
         predictor: its networks run as written where compiling fails.
         wanted: what the user asked for, or None.
-        images: how many this process will predict.
+        images: how many this process will predict, the slices of volumes counted.
     """
     from sdseg_cli.core.engine.acceleration import WORTH_COMPILING, compile_cache
 

@@ -217,7 +217,7 @@ CompileOption = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile",
-        help="Compile the networks first: faster, after a minute. Default: on a GPU with 512 images or more.",
+        help="Compile the networks first, for a minute or two. Default: on a GPU with 10,000 images or more.",
         show_default=False,
     ),
 ]

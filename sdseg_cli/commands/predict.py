@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdseg_cli import __version__, console
-from sdseg_cli.commands._compiling import compile_if_wanted
+from sdseg_cli.commands._compiling import SLICES_OF_A_VOLUME, compile_if_wanted
 from sdseg_cli.commands._measured import REPORT_FILE, Model
 from sdseg_cli.commands._options import (
     BatchSizeOption,
@@ -347,7 +347,9 @@ class _Session:
         from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 
         mine = processes.share(list(todo))
-        compile_if_wanted(predictor, compiled, len(mine))
+        compile_if_wanted(
+            predictor, compiled, sum(SLICES_OF_A_VOLUME if task.is_volume else 1 for task in mine)
+        )
         settings = VolumeSettings(**volumes)
         stop = self._predict(mine, predictor, settings)
         if stop is None and any(task.is_volume for task in self.tasks):

@@ -25,8 +25,8 @@ class Predictor:
 @pytest.mark.parametrize(
     ("device", "wanted", "images", "compiled"),
     [
-        ("cuda", None, 5000, 1),
-        ("cuda", None, 20, 0),
+        ("cuda", None, 10_000, 1),
+        ("cuda", None, 9_999, 0),
         ("cuda", False, 5000, 0),
         ("cuda", True, 1, 1),
         ("cpu", None, 10**6, 0),  # its compiler takes minutes
