@@ -13,8 +13,8 @@ from torch import nn
 
 from sdseg_cli.core.engine.cuda_graphs import GraphedCalls
 
-# Images on a GPU from which on compiling pays: on an H100 the paper's networks take 6 ms an image less then, after
-# a minute or two.
+# Images on a GPU from which on compiling pays: on an H100 the paper's networks then take 6 ms an image less,
+# after a minute or two.
 WORTH_COMPILING = 10_000
 _LARGEST_BATCH = 64  # beyond it no network here runs faster, and the last batch is padded to it
 _SHARE_OF_FREE_MEMORY = 0.6  # the rest is left to the allocator's gaps and to other programs

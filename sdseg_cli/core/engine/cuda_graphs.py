@@ -33,7 +33,8 @@ class GraphedCalls:
     def __call__(self, *inputs: Any) -> Any:
         """Give what the call gives, in memory that the next replay writes to."""
         leaves, structure = pytree.tree_flatten(inputs)
-        if self._fails or not _recordable(leaves):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if self._fails or torch.is_grad_enabled() or not _on_gpu(tensors):
             return self._call(*inputs)
         key = (*map(_signature, leaves), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         if key not in self._met:
@@ -69,10 +70,8 @@ class _Recording:
         return self._outputs
 
 
-def _recordable(leaves: list) -> bool:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    on_gpu = bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
-    return on_gpu and not torch.is_grad_enabled()
+def _on_gpu(tensors: list[torch.Tensor]) -> bool:
+    return bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
 
 
 def _signature(leaf: Any) -> Hashable:
