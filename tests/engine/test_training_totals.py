@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdseg_cli.core.engine import training
+from sdseg_cli.core.engine import training, training_totals
 from sdseg_cli.core.errors import SdsegError
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -37,11 +37,11 @@ def test_a_training_that_diverged_between_two_lines_replaces_no_good_checkpoint(
 
 def test_the_speed_leaves_out_the_time_of_validations_and_checkpoints(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training_totals.time, "monotonic", lambda: now[0])
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=2, reduce=lambda sums, reduction: 2 * sums
     )
-    totals = training._Totals(accelerator)
+    totals = training.Totals(accelerator)
     totals.add({"loss": torch.tensor(0.5)}, samples=8)
     now[0] += 4.0  # two seconds of training, two of validation
     totals.leave_out(2.0)
