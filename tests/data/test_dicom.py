@@ -12,7 +12,13 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, gen
 
 from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
 from sdseg_cli.core.data.dicom import DicomSeries, find_series, read_series
-from sdseg_cli.core.data.dicom_codes import coding_remarks, segment_code
+from sdseg_cli.core.data.dicom_codes import (
+    _is_snomed_ct,
+    codes_of,
+    coding_remarks,
+    read_segment_codes,
+    segment_code,
+)
 from sdseg_cli.core.data.dicom_seg import read_dicom_seg, require_highdicom, write_dicom_seg
 from sdseg_cli.core.errors import DataError, UsageError
 
@@ -237,7 +243,7 @@ def test_a_dicom_seg_refers_to_its_slices_and_holds_each_class(tmp_path: Path, i
     if not is_empty:
         labels[1:4, 2:5, 1:3] = 1
         labels[5, 6, 4] = 2
-    write_dicom_seg(tmp_path / "seg.dcm", labels, series, ("background", "liver", "tumour"))
+    write_dicom_seg(tmp_path / "seg.dcm", labels, series, codes_of(("background", "liver", "tumour"), {}))
     seg = highdicom.seg.segread(tmp_path / "seg.dcm")
     uids = [pydicom.dcmread(path).SOPInstanceUID for path in paths]
     frames = seg.get_pixels_by_source_instance(
@@ -249,22 +255,114 @@ def test_a_dicom_seg_refers_to_its_slices_and_holds_each_class(tmp_path: Path, i
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_segments_carry_the_codes_of_what_they_are_and_of_their_side(tmp_path: Path) -> None:
-    highdicom = pytest.importorskip("highdicom")
-    write_series(tmp_path / "scan")
+def written_segments(folder: Path, classes: tuple[str, ...], codes: str = "") -> list[pydicom.Dataset]:
+    """The segments of a DICOM-SEG of these classes, as pydicom alone reads them."""
+    pytest.importorskip("highdicom")
+    write_series(folder / "scan")
     labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
     labels[1:4, 2:5, 1:3] = 1
-    classes = ("background", "Left_Kidney", "polyp", "cup")
-    write_dicom_seg(tmp_path / "seg.dcm", labels, only(tmp_path / "scan"), classes)
-    segments = highdicom.seg.segread(tmp_path / "seg.dcm").SegmentSequence
-    types = [item.SegmentedPropertyTypeCodeSequence[0] for item in segments]
-    # The numbers are SNOMED CT's, as PS3.16 lists them.
-    assert [item.CodeValue for item in types] == ["64033007", "68496003", "85756007"]
-    assert {item.CodingSchemeDesignator for item in types} == {"SCT"}
-    assert types[0].SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
-    assert "SegmentedPropertyTypeModifierCodeSequence" not in types[1]
-    categories = [item.SegmentedPropertyCategoryCodeSequence[0].CodeValue for item in segments]
+    (folder / "codes.yaml").write_text(codes)
+    stated = read_segment_codes(folder / "codes.yaml") if codes else {}
+    write_dicom_seg(folder / "seg.dcm", labels, only(folder / "scan"), codes_of(classes, stated))
+    return list(pydicom.dcmread(folder / "seg.dcm").SegmentSequence)
+
+
+def told(sequence: pydicom.Sequence) -> tuple[str, str, str]:
+    (item,) = sequence
+    return item.CodingSchemeDesignator, item.CodeValue, item.CodeMeaning
+
+
+def test_segments_carry_the_codes_of_what_they_are_and_of_their_side(tmp_path: Path) -> None:
+    segments = written_segments(tmp_path, ("background", "Left_Kidney", "polyp", "cup"))
+    types = [item.SegmentedPropertyTypeCodeSequence for item in segments]
+    # The numbers are SNOMED CT's; PS3.16 lists them but for the polyp, which it knows in the colon alone.
+    assert [told(item)[:2] for item in types] == [("SCT", n) for n in ("64033007", "41329004", "85756007")]
+    assert told(types[1]) == ("SCT", "41329004", "Polyp")
+    assert told(types[0][0].SegmentedPropertyTypeModifierCodeSequence)[2] == "Left"
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in types[1][0]
+    categories = [told(item.SegmentedPropertyCategoryCodeSequence)[1] for item in segments]
     assert categories == ["91723000", "49755003", "85756007"]
+    assert not any("AnatomicRegionSequence" in item for item in segments)
+
+
+def test_users_say_how_their_classes_are_coded(tmp_path: Path) -> None:
+    codes = """
+polyp: SCT:68496003:Polyp of colon   # a code alone is the type; the category is that of the name
+stone:
+  type: "99CLINIC:K-7:Stone: large"
+  category: SCT:49755003:Morphologically Abnormal Structure
+  side: right
+  region: SCT:64033007:Kidney
+"""
+    segments = written_segments(tmp_path, ("background", "polyp", "stone", "liver"), codes)
+    types = [item.SegmentedPropertyTypeCodeSequence for item in segments]
+    assert told(types[0]) == ("SCT", "68496003", "Polyp of colon")
+    assert told(types[1]) == ("99CLINIC", "K-7", "Stone: large")
+    assert told(types[2])[1] == "10200004"  # not stated: by its name
+    categories = [told(item.SegmentedPropertyCategoryCodeSequence)[1] for item in segments]
+    assert categories == ["49755003", "49755003", "91723000"]
+    assert told(types[1][0].SegmentedPropertyTypeModifierCodeSequence)[2] == "Right"
+    assert told(segments[1].AnatomicRegionSequence) == ("SCT", "64033007", "Kidney")
+    assert "AnatomicRegionSequence" not in segments[0]
+    (remark,) = coding_remarks(
+        codes_of(("background", "stone"), {"stone": read_segment_codes(tmp_path / "codes.yaml")["stone"]})
+    )
+    assert (
+        remark
+        == "segments are coded so: stone is Stone: large, right (99CLINIC K-7) in Kidney (SCT 64033007)"
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ("", "expected a class a line"),
+        ("- polyp", "expected a class a line"),
+        ("polyp: 41329004", "line 1: polyp: found 41329004, expected SCHEME:CODE:MEANING"),
+        ("polyp: SCT:41329004", "expected SCHEME:CODE:MEANING"),
+        ("polyp: SCT:41329005:Polyp", "41329005 is no code of SNOMED CT: its last digit"),
+        (f"polyp: DCM:1:{'x' * 65}", "no meaning of DICOM: expected at most 64 characters"),
+        ("polyp: DCM:12345678901234567:x", "no code of DICOM: expected at most 16"),
+        ("liver:\n  side: left", "liver: there is no type"),
+        ("liver:\n  type: SCT:10200004:Liver\n  sort: x", "liver: found sort; expected type"),
+        ("liver:\n  type: SCT:10200004:Liver\n  side: up", "side: found 'up', expected left or right"),
+        ("a: b\nstone: SCT:56381008:Calculus", "line 2: stone: the name is not known, so its category"),
+        ("polyp: *all", "line 1"),
+    ],
+)
+def test_codes_that_are_none_are_told_with_their_lines(codes: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "codes.yaml").write_text(codes)
+    with pytest.raises(UsageError) as told_of:
+        read_segment_codes(tmp_path / "codes.yaml")
+    assert str(tmp_path / "codes.yaml") in str(told_of.value)
+    assert message in str(told_of.value)
+
+
+def test_a_class_that_the_model_does_not_have_cannot_be_coded(tmp_path: Path) -> None:
+    (tmp_path / "codes.yaml").write_text("liver: SCT:10200004:Liver\npolyp: SCT:41329004:Polyp")
+    stated = read_segment_codes(tmp_path / "codes.yaml")
+    with pytest.raises(UsageError, match="the model has no class liver; its classes are polyp"):
+        codes_of(("background", "polyp"), stated)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_segment_codes(tmp_path / "absent.yaml")
+
+
+def test_the_check_digit_holds_for_every_code_of_the_standard_and_for_no_mistyped_one() -> None:
+    from pydicom.sr.codedict import codes
+
+    values = {
+        code.value
+        for cid in (7151, 6201, 7159)
+        for name in getattr(codes, f"cid{cid}").dir()
+        if (code := getattr(getattr(codes, f"cid{cid}"), name)).scheme_designator == "SCT"
+    }
+    assert len(values) > 500
+    assert [value for value in values if not _is_snomed_ct(value)] == []
+    for value in ("41329004", "10200004", "64033007"):
+        mistyped = [f"{value[:i]}{(int(value[i]) + 1) % 10}{value[i + 1 :]}" for i in range(len(value))]
+        swapped = [value[:i] + value[i + 1] + value[i] + value[i + 2 :] for i in range(len(value) - 1)]
+        assert not any(_is_snomed_ct(wrong) for wrong in {*mistyped, *swapped} - {value})
 
 
 def test_every_organ_of_the_benchmark_has_a_code_and_what_has_none_is_told() -> None:
@@ -275,9 +373,9 @@ def test_every_organ_of_the_benchmark_has_a_code_and_what_has_none_is_told() -> 
     assert str(found["right adrenal gland"]) == "Adrenal gland, right (SCT 23451007)"
     assert not segment_code("left right kidney").is_known
     assert segment_code("left cup").side is None
-    known, unknown = coding_remarks(("background", "liver", "cup", "thing"))
+    known, unknown = coding_remarks(codes_of(("background", "liver", "cup", "thing"), {}))
     assert "liver is Liver (SCT 10200004)" in known
-    assert "no SNOMED CT code is known for cup, thing" in unknown
+    assert "no code is known for cup, thing" in unknown
 
 
 @pytest.mark.faults

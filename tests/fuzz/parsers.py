@@ -283,6 +283,17 @@ def split_seeds() -> list[Files]:
     return [{"a.yaml": short}, *({"a.yaml": path.read_bytes()[:4000]} for path in files)]
 
 
+def codes_seeds() -> list[Files]:
+    text = b"""polyp: SCT:41329004:Polyp
+stone:
+  type: "99CLINIC:K-7:Stone: large"
+  category: SCT:49755003:Morphologically Abnormal Structure
+  side: right
+  region: SCT:64033007:Kidney
+"""
+    return [{"a.yaml": text}]
+
+
 def dataset_seeds() -> list[Files]:
     """A prepared data set of a few phantoms."""
     import tempfile
@@ -657,6 +668,13 @@ def split(given: Path, out: Path) -> None:
     _allowed(partial(check_split, found, groups, where="here", may_share_groups=False), SdsegError)
 
 
+def codes(given: Path, out: Path) -> None:
+    from sdseg_cli.core.data.dicom_codes import codes_of, coding_remarks, read_segment_codes
+
+    stated = read_segment_codes(given / "a.yaml")
+    assert coding_remarks(codes_of(("background", *stated), stated))
+
+
 def dataset(given: Path, out: Path) -> None:
     from sdseg_cli.core.data.prepared import PreparedDataset
 
@@ -748,6 +766,7 @@ PARSERS: dict[str, Parser] = {
     "recipe, made": Parser(recipe, made=made_texts),
     "split": Parser(split, split_seeds, {"": damage_text}),
     "split, made": Parser(split, made=made_texts),
+    "codes": Parser(codes, codes_seeds, {"": damage_text}, share=0.3),
     "dataset": Parser(
         dataset, dataset_seeds, {".json": damage_json, ".arrow": damage, "split.yaml": damage}, share=1.5
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from sdseg_cli import __version__
 from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
-from sdseg_cli.core.data.dicom_codes import segment_code
+from sdseg_cli.core.data.dicom_codes import SegmentCode
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
 
@@ -26,14 +26,16 @@ def require_highdicom() -> None:
         )
 
 
-def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes: Sequence[str]) -> None:
+def write_dicom_seg(
+    path: Path, labels: np.ndarray, series: DicomSeries, codes: Mapping[str, SegmentCode]
+) -> None:
     """Write labels as a binary DICOM-SEG with a segment for each foreground class, whole or not at all.
 
     Args:
         path: the file, ``.dcm``.
         labels: uint8, (columns, rows, slices) as :func:`~sdseg_cli.core.data.dicom.read_series` orders them.
         series: the slices the labels belong to; patient and study are taken from them.
-        classes: names, the background first.
+        codes: what each foreground class is, in the order of their labels.
 
     Raises:
         DataError: the slices lack what a segmentation must refer to.
@@ -44,8 +46,8 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
     from pydicom.uid import ExplicitVRLittleEndian
 
     frames = np.ascontiguousarray(labels.transpose(2, 1, 0))
-    masks = np.stack([frames == label for label in range(1, len(classes))], axis=-1)
-    segments = [_description(number, name) for number, name in enumerate(classes[1:], start=1)]
+    masks = np.stack([frames == label for label in range(1, len(codes) + 1)], axis=-1)
+    segments = [_description(number, *item) for number, item in enumerate(codes.items(), start=1)]
     try:
         document = highdicom.seg.Segmentation(
             source_images=sorted_headers(series),
@@ -54,7 +56,7 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
             segment_descriptions=segments,
             series_instance_uid=highdicom.UID(),
             series_number=9000,
-            series_description=f"sdseg: {', '.join(classes[1:])}"[:64],
+            series_description=f"sdseg: {', '.join(codes)}"[:64],
             sop_instance_uid=highdicom.UID(),
             instance_number=1,
             manufacturer="sdseg",
@@ -104,12 +106,11 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
     return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
 
 
-def _description(number: int, name: str) -> Any:
-    """highdicom's description of a segment; its codes follow from the name of its class."""
+def _description(number: int, name: str, code: SegmentCode) -> Any:
+    """highdicom's description of a segment."""
     import highdicom
     from pydicom.sr.codedict import codes
 
-    code = segment_code(name)
     description = highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,
@@ -119,6 +120,7 @@ def _description(number: int, name: str) -> Any:
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="sdseg", version=__version__, family=codes.DCM.ArtificialIntelligence
         ),
+        anatomic_regions=None if code.region is None else [code.region],
     )
     if code.side is not None:
         side = highdicom.sr.CodedConcept.from_code(code.side)

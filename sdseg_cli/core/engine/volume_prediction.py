@@ -8,15 +8,16 @@ for. The slices on the model's grid are made one by one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from sdseg_cli.core.data.dicom import read_series
+from sdseg_cli.core.data.dicom_codes import SegmentCode, codes_of
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import (
@@ -54,11 +55,13 @@ class VolumeSettings:
         window: values that become black and white.
         axis: anatomical direction that is sliced along.
         nan_fill: value for voxels that are not finite; None refuses them.
+        segment_codes: what classes are called in DICOM, where the user says so.
     """
 
     window: Sequence[float] | None = None
     axis: Axis | None = None
     nan_fill: float | None = None
+    segment_codes: Mapping[str, SegmentCode] = field(default_factory=dict)
 
     def completed(self, predictor: Predictor) -> VolumeSettings:
         """Fill in what the model was trained with.
@@ -85,7 +88,7 @@ class VolumeSettings:
             window = (low, high)
         if axis not in AXES:
             raise ModelError(f"the model states the axis {axis!r}; expected {', '.join(AXES)}. Give --axis.")
-        return VolumeSettings(window, cast("Axis", axis), self.nan_fill)
+        return replace(self, window=window, axis=cast("Axis", axis))
 
 
 def predict_volumes(
@@ -179,6 +182,7 @@ class _Case:
                 f"was taken [{low:g}, {high:g}]"
             )
         self.window = low, high
+        self.segment_codes = settings.segment_codes
         shape = self.slices.shape
         self.labels = np.zeros(shape, np.uint8)
         channels = 1 if len(self.classes) == 2 else len(self.classes)
@@ -264,7 +268,8 @@ class _Case:
             from sdseg_cli.core.data.dicom_seg import write_dicom_seg
 
             series = task.series
-            write(task.mask, lambda path: write_dicom_seg(path, labels, series, self.classes))
+            codes = codes_of(self.classes, self.segment_codes)
+            write(task.mask, lambda path: write_dicom_seg(path, labels, series, codes))
         else:
             write(task.mask, lambda path: write_label_volume(path, labels, geometry, like=self.volume))
 
