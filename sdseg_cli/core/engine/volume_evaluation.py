@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.volume_files import itk_image, itk_voxels
 from sdseg_cli.core.data.volumes import Volume, is_volume, read_label_volume
 from sdseg_cli.core.errors import DataError
@@ -14,11 +15,11 @@ from sdseg_cli.core.errors import DataError
 
 @dataclass(frozen=True)
 class VolumePair:
-    """Two label volumes on one grid: uint8 (I, J, K), and the mm between voxels along each axis."""
+    """Two label volumes on one grid, uint8 (I, J, K), and where it lies."""
 
     prediction: np.ndarray
     ground_truth: np.ndarray
-    spacing_mm: tuple[float, float, float]
+    geometry: VolumeGeometry
 
 
 def read_volume_pair(
@@ -37,9 +38,8 @@ def read_volume_pair(
         DataError: a file cannot be read, holds values that are no classes, or lies elsewhere.
     """
     truth = read_label_volume(ground_truth, num_classes=num_classes)
-    spacing = truth.geometry.spacing_mm
     if prediction is None:
-        return VolumePair(np.zeros_like(truth.voxels), truth.voxels, spacing)
+        return VolumePair(np.zeros_like(truth.voxels), truth.voxels, truth.geometry)
     if not is_volume(prediction):
         raise DataError(
             f"case {case_id!r}: the ground truth is a volume ({ground_truth}), the prediction an image "
@@ -55,7 +55,7 @@ def read_volume_pair(
             "bring the prediction onto the grid of the truth by nearest neighbour."
         )
     voxels = _resampled(predicted, truth) if differences else predicted.voxels
-    return VolumePair(voxels, truth.voxels, spacing)
+    return VolumePair(voxels, truth.voxels, truth.geometry)
 
 
 def _resampled(predicted: Volume, truth: Volume) -> np.ndarray:
