@@ -20,6 +20,9 @@ from sdseg_cli.core.data.dicom_codes import (
     segment_code,
 )
 from sdseg_cli.core.data.dicom_seg import read_dicom_seg, require_highdicom, write_dicom_seg
+from sdseg_cli.core.data.pairs import pair_folders
+from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
+from sdseg_cli.core.data.volumes import read_volume, write_label_volume
 from sdseg_cli.core.errors import DataError, UsageError
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
@@ -425,3 +428,85 @@ def test_without_a_stated_spacing_the_volume_says_that_millilitres_mean_nothing(
     write_series(tmp_path, PixelSpacing=None)
     volume = read_series(only(tmp_path))
     assert any("no PixelSpacing is stated" in note for note in volume.notes)
+
+
+# Prepared
+
+
+def label_volume(folder: Path) -> tuple[np.ndarray, Path]:
+    """Labels of the only series of a folder, and the same series written as NIfTI by SimpleITK."""
+    series = only(folder)
+    labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
+    labels[1:5, 2:6, 1:4] = 1
+    labels[6:8, 2:4, 2:4] = 2
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    target = folder.parents[1] / f"{folder.name}.nii.gz"
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32), str(target))
+    assert read_series(series).geometry.differences(read_volume(target).geometry) == []
+    return labels, target
+
+
+def slices_of(case, num_classes: int = 3) -> list:
+    slices, _ = _read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
+    return list(slices)
+
+
+def test_series_are_prepared_with_labels_of_any_format_as_their_volumes_are(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    write_series(images / "patient 1", description="CT 1.25")  # alone in its folder: named like it
+    labels, nifti = label_volume(images / "patient 1")
+    geometry = read_series(only(images / "patient 1")).geometry
+    write_label_volume(masks / "patient 1.nii.gz", labels, geometry)
+    write_series(images / "two", description="early 1.5")
+    write_series(images / "two", description="late", prefix="L")
+    early, late = find_series(list((images / "two").iterdir())).series
+    (masks / "two").mkdir()
+    codes = codes_of(("background", "liver", "tumour"), {})
+    write_dicom_seg(masks / "two" / "early_1.5.dcm", labels, early, codes)
+    write_label_volume(masks / "two" / "late.nrrd", labels, read_series(late).geometry)
+    (images / "two" / "notes.txt").write_text("no slice")
+    pairs = pair_folders(images, masks)
+    assert [case.case_id for case in pairs.cases] == ["patient 1", "two__early_1.5", "two__late"]
+    assert all(case.is_volume for case in pairs.cases)
+    assert [(one.case_id, one.reason) for one in pairs.problems] == [
+        ("two__notes.txt", "is not a DICOM file")
+    ]
+    expected = slices_of(RawCase("x", "x", nifti, masks / "patient 1.nii.gz"))
+    assert max(one.label_map.max() for one in expected) == 2
+    for case in pairs.cases:
+        for found, wanted in zip(slices_of(case), expected, strict=True):
+            np.testing.assert_array_equal(found.label_map, wanted.label_map)
+            np.testing.assert_array_equal(found.image, wanted.image)
+            assert found.spacing_mm == pytest.approx(wanted.spacing_mm)
+    before = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    assert len({*before}) == 3
+    data = pydicom.dcmread(late.files[0])
+    data.PatientName = "Other"
+    data.save_as(late.files[0])
+    after = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False]
+
+
+@pytest.mark.faults
+def test_labels_that_do_not_fit_a_series_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    for name in "ab":
+        write_series(images / name)
+    labels, nifti = label_volume(images / "a")
+    write_dicom_seg(masks / "a.dcm", labels, only(images / "a"), codes_of(("background", "x", "y"), {}))
+    (case,) = pair_folders(images, masks).cases
+    assert [one.reason for one in pair_folders(images, masks).problems] == [f"image b has no mask in {masks}"]
+    with pytest.raises(DataError, match=r"a\.dcm: segment 2 found, expected 1 to 1"):
+        slices_of(case, num_classes=2)
+    with pytest.raises(DataError, match=r"a\.dcm is DICOM, its image a\.nii\.gz is none"):
+        slices_of(RawCase("x", "x", nifti, masks / "a.dcm"))
+    (masks / "a.dcm").rename(masks / "b.dcm")  # of other slices
+    (case,) = pair_folders(images, masks).cases
+    with pytest.raises(DataError, match=r"b\.dcm: refers to 5 slices that are not in series"):
+        slices_of(case)

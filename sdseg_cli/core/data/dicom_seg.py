@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,10 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
 
     try:
         document = highdicom.seg.segread(path)
+        slices = [header.SOPInstanceUID for header in sorted_headers(series)]
+        _refuse_other_slices(path, document, series, slices)
         frames = document.get_pixels_by_source_instance(
-            [header.SOPInstanceUID for header in sorted_headers(series)],
+            slices,
             combine_segments=True,
             assert_missing_frames_are_empty=True,
         )
@@ -104,6 +106,16 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
     except Exception as error:  # a damaged file raises almost anything
         raise DataError(f"{path}: cannot be read as a DICOM-SEG of {series.name!r} ({error}).") from error
     return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
+
+
+def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices: Sequence[str]) -> None:
+    """A slice that a segmentation does not refer to counts as empty; it may refer to none of them."""
+    elsewhere = {uid for _, _, uid in document.get_source_image_uids()} - {*slices}
+    if elsewhere:
+        raise DataError(
+            f"{path}: refers to {len(elsewhere)} slices that are not in series {series.name!r} of "
+            f"{series.folder}. Give the segmentation of that series."
+        )
 
 
 def _description(number: int, name: str, code: SegmentCode) -> Any:
