@@ -18,11 +18,11 @@ from sdseg_cli.core.files import write_whole
 
 
 def require_highdicom() -> None:
-    """Raise a UsageError where the library that writes DICOM-SEG is not installed."""
+    """Raise a UsageError where the library that reads and writes DICOM-SEG is not installed."""
     if importlib.util.find_spec("highdicom") is None:
         raise UsageError(
-            "--format dicom-seg needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or "
-            "choose --format nifti."
+            "DICOM-SEG needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or use NIfTI "
+            "(--format nifti)."
         )
 
 

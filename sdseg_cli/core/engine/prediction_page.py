@@ -182,8 +182,7 @@ def _shown_cases(
 def _gallery(
     shown: Sequence[Shown], doubts: Mapping[str, float], *, by_doubt: bool
 ) -> tuple[GalleryCase, ...]:
-    spreads = [each.uncertainty for _, _, case in shown for each in case.slices]
-    brightest = max([LEAST_BRIGHTEST, *(float(spread.max()) for spread in spreads if spread is not None)])
+    brightest = _brightest([case for _, _, case in shown])
     return tuple(
         GalleryCase(
             task.case_id,
@@ -196,17 +195,23 @@ def _gallery(
     )
 
 
+def _brightest(shown: Sequence[ShownCase]) -> float:
+    """The uncertainty of the brightest colour: the largest that is shown."""
+    spreads = [each.uncertainty for case in shown for each in case.slices]
+    return max([LEAST_BRIGHTEST, *(float(spread.max()) for spread in spreads if spread is not None)])
+
+
 def _gallery_note(noun: str, shown: Sequence[ShownCase], *, by_doubt: bool) -> str:
     if by_doubt and len(shown) < WORST + MIDDLE + BEST:
         text = (
             f"The {noun} whose draws agree least come first. Uncertainty is the standard deviation of the "
-            "probability between draws, dark is 0."
+            f"probability between draws: dark is 0, the brightest colour {_brightest(shown):.2f}."
         )
     elif by_doubt:
         text = (
             f"The {WORST} most doubtful {noun}, {MIDDLE} around the median and the {BEST} surest, by how far "
-            "the draws agree. Uncertainty is the standard deviation of the probability between draws, dark "
-            "is 0."
+            "the draws agree. Uncertainty is the standard deviation of the probability between draws: dark "
+            f"is 0, the brightest colour {_brightest(shown):.2f}."
         )
     else:
         text = (
