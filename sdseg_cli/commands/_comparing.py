@@ -149,15 +149,15 @@ class _Found:
     @classmethod
     def of(cls, source: Source) -> _Found:
         from sdseg_cli.core.data.images import list_images
-        from sdseg_cli.core.data.volumes import is_volume
         from sdseg_cli.core.engine.comparison_sources import holds_scores
+        from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 
         folder = Path(source.location).expanduser()
         if holds_scores(folder):
             return cls(source, "scores")
         is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", EXPORT_FILE))
         if folder.is_dir() and not is_model:
-            if not list_images(folder) and not any(is_volume(path) for path in folder.iterdir()):
+            if not list_images(folder) and not any(is_label_volume(path) for path in folder.iterdir()):
                 raise UsageError(
                     f"{folder} holds no run, no model, no masks and no scores. Give a run directory, a model "
                     "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."

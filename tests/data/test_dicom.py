@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
@@ -19,10 +21,19 @@ from sdseg_cli.core.data.dicom_codes import (
     read_segment_codes,
     segment_code,
 )
-from sdseg_cli.core.data.dicom_seg import read_dicom_seg, require_highdicom, write_dicom_seg
+from sdseg_cli.core.data.dicom_seg import (
+    read_dicom_seg,
+    read_dicom_seg_alone,
+    require_highdicom,
+    write_dicom_seg,
+)
+from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.pairs import pair_folders
 from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
+from sdseg_cli.core.engine.evaluation import evaluate_folders
+from sdseg_cli.core.engine.evaluation import pair_folders as pair_folders_of_masks
+from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
@@ -510,3 +521,76 @@ def test_labels_that_do_not_fit_a_series_are_told(tmp_path: Path) -> None:
     (case,) = pair_folders(images, masks).cases
     with pytest.raises(DataError, match=r"b\.dcm: refers to 5 slices that are not in series"):
         slices_of(case)
+
+
+# Evaluated
+
+
+@pytest.fixture
+def segmented(tmp_path: Path) -> tuple[Path, np.ndarray, VolumeGeometry]:
+    """A DICOM-SEG that lacks the empty slices, its labels, and where all slices of the scan lie."""
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "images" / "a")
+    labels, _ = label_volume(tmp_path / "images" / "a")
+    series = only(tmp_path / "images" / "a")
+    write_dicom_seg(tmp_path / "a.dcm", labels, series, codes_of(("background", "x", "y"), {}))
+    return tmp_path / "a.dcm", labels, read_series(series).geometry
+
+
+def test_a_segmentation_is_scored_against_volumes_whatever_their_axes(segmented, tmp_path: Path) -> None:
+    seg, labels, geometry = segmented
+    alone = read_dicom_seg_alone(seg)
+    assert alone.geometry.shape == (COLUMNS, ROWS, 3)  # without the empty first and last slice
+    stored = nibabel.Nifti1Image(labels, geometry.affine)
+    for name, axes in (("same", "LPS"), ("other", "SAR"), ("turned", "PIL")):
+        start = io_orientation(geometry.affine)
+        turned = stored.as_reoriented(ornt_transform(start, axcodes2ornt(axes)))
+        nibabel.save(turned, tmp_path / f"{name}.nii.gz")
+        found = read_volume_pair("case", seg, tmp_path / f"{name}.nii.gz", 3)
+        np.testing.assert_array_equal(found.prediction, turned.get_fdata())
+        np.testing.assert_array_equal(found.ground_truth, turned.get_fdata())
+        swapped = read_volume_pair("case", tmp_path / f"{name}.nii.gz", seg, 3)
+        np.testing.assert_array_equal(swapped.ground_truth, turned.get_fdata())
+
+
+def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segmented, tmp_path) -> None:
+    seg, labels, _ = segmented
+    series = only(tmp_path / "images" / "a")
+    other = np.zeros_like(labels)
+    other[1:5, 2:6, 3:] = 1
+    write_dicom_seg(tmp_path / "b.dcm", other, series, codes_of(("background", "x", "y"), {}))
+    for first, second, expected in ((seg, tmp_path / "b.dcm", (labels, other)),
+                                    (tmp_path / "b.dcm", seg, (other, labels))):  # fmt: skip
+        found = read_volume_pair("case", first, second, 3)
+        # Without the first slice, and from the other end, which is how highdicom counts.
+        np.testing.assert_array_equal(found.prediction, expected[0][:, :, :0:-1])
+        np.testing.assert_array_equal(found.ground_truth, expected[1][:, :, :0:-1])
+    (tmp_path / "p").mkdir()
+    (tmp_path / "t").mkdir()
+    seg.rename(tmp_path / "p" / "case.dcm")
+    (tmp_path / "b.dcm").rename(tmp_path / "t" / "case.dcm")
+    (record,) = evaluate_folders(
+        pair_folders_of_masks(tmp_path / "p", tmp_path / "t"), ("background", "x", "y")
+    )
+    shared = int(((labels == 1) & (other == 1)).sum())
+    assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moved", ["between", "beyond"])
+def test_a_segmentation_that_lies_elsewhere_is_not_scored(moved, segmented, tmp_path: Path) -> None:
+    seg, labels, geometry = segmented
+    affine = geometry.affine.copy()
+    if moved == "between":
+        affine[:3, 3] += 0.5 * affine[:3, 0]
+        truth = labels
+    else:
+        truth = labels[:, :, :3]  # a scan that ends before the segmentation does
+    write_label_volume(tmp_path / "t.nii.gz", truth, VolumeGeometry(truth.shape, affine))
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", seg, tmp_path / "t.nii.gz", 3)
+    with pytest.raises(DataError, match=r"a\.dcm: segment 2 found, expected 1 to 1"):
+        read_volume_pair("case", seg, seg, 2)
+    (tmp_path / "b.dcm").write_bytes(seg.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"b\.dcm: cannot be read as a DICOM-SEG"):
+        read_volume_pair("case", tmp_path / "b.dcm", tmp_path / "t.nii.gz", 3)

@@ -13,6 +13,8 @@ import numpy as np
 from sdseg_cli import __version__
 from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
 from sdseg_cli.core.data.dicom_codes import SegmentCode
+from sdseg_cli.core.data.geometry import VolumeGeometry
+from sdseg_cli.core.data.volumes import Volume
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
 
@@ -21,8 +23,8 @@ def require_highdicom() -> None:
     """Raise a UsageError where the library that reads and writes DICOM-SEG is not installed."""
     if importlib.util.find_spec("highdicom") is None:
         raise UsageError(
-            "DICOM-SEG needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or use NIfTI "
-            "(--format nifti)."
+            "DICOM-SEG needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or use "
+            "NIfTI (--format nifti)."
         )
 
 
@@ -106,6 +108,30 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
     except Exception as error:  # a damaged file raises almost anything
         raise DataError(f"{path}: cannot be read as a DICOM-SEG of {series.name!r} ({error}).") from error
     return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
+
+
+def read_dicom_seg_alone(path: Path) -> Volume:
+    """Read a DICOM-SEG without the slices it was made from, as a label volume.
+
+    Slices that hold nothing are mostly left out of such a file, so that its volume may begin and end within
+    that of the scan.
+
+    Raises:
+        DataError: it is no DICOM-SEG, or its slices form no block of voxels.
+    """
+    require_highdicom()
+    import highdicom
+
+    try:
+        found = highdicom.seg.segread(path).get_volume(combine_segments=True)
+        frames = np.asarray(found.array)
+        # Its array counts slices, rows and columns, and its affine LPS+.
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(found.affine)[:, [2, 1, 0, 3]]
+    except Exception as error:  # a damaged file raises almost anything
+        raise DataError(f"{path}: cannot be read as a DICOM-SEG ({type(error).__name__}).") from error
+    labels = frames.astype(np.uint8).transpose(2, 1, 0)
+    columns, rows, slices = labels.shape
+    return Volume(labels, VolumeGeometry((columns, rows, slices), affine), "dicom", path, ())
 
 
 def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volume_files import volume_suffix
-from sdseg_cli.core.data.volumes import is_volume
 from sdseg_cli.core.engine.postprocessing import keep_largest_components, keep_largest_in_stack
 from sdseg_cli.core.engine.report_parts import BEST, MIDDLE, MOST_VIEWS, WORST, evenly
+from sdseg_cli.core.engine.volume_evaluation import is_label_volume, read_volume_pair
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.calibration import count_reliability
@@ -489,7 +489,7 @@ def masks_by_name(folder: Path, what: str) -> dict[str, Path]:
         DataError: there is none; ``what`` says what they were to be.
     """
     files = list_images(folder)
-    files += [path for path in folder.iterdir() if is_volume(path) and path.is_file()]
+    files += [path for path in folder.iterdir() if is_label_volume(path) and path.is_file()]
     files = sorted(files, key=lambda path: natural_key(path.name))
     if not files:
         raise DataError(
@@ -530,9 +530,7 @@ def evaluate_folders(
     mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
     for case_id, prediction_path, truth_path in mine:
         try:
-            if is_volume(truth_path):
-                from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
-
+            if is_label_volume(truth_path):
                 pair = read_volume_pair(case_id, prediction_path, truth_path, len(classes), resample=resample)
                 prediction, truth, geometry = pair.prediction, pair.ground_truth, pair.geometry
             else:
