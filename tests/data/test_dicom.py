@@ -591,6 +591,13 @@ def test_a_segmentation_that_lies_elsewhere_is_not_scored(moved, segmented, tmp_
         read_volume_pair("case", seg, tmp_path / "t.nii.gz", 3)
     with pytest.raises(DataError, match=r"a\.dcm: segment 2 found, expected 1 to 1"):
         read_volume_pair("case", seg, seg, 2)
+    document = pydicom.dcmread(seg)
+    frames = document.PerFrameFunctionalGroupsSequence
+    position = frames[-1].PlanePositionSequence[0]
+    position.ImagePositionPatient = [float(v) + 3.7 for v in position.ImagePositionPatient]
+    document.save_as(tmp_path / "bent.dcm")
+    with pytest.raises(DataError, match=r"bent\.dcm: cannot be read as a DICOM-SEG \(its slices"):
+        read_volume_pair("case", tmp_path / "bent.dcm", tmp_path / "t.nii.gz", 3)
     (tmp_path / "b.dcm").write_bytes(seg.read_bytes()[:700])
     with pytest.raises(DataError, match=r"b\.dcm: cannot be read as a DICOM-SEG"):
         read_volume_pair("case", tmp_path / "b.dcm", tmp_path / "t.nii.gz", 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sdseg_cli import __version__
 from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
 from sdseg_cli.core.data.dicom_codes import SegmentCode
 from sdseg_cli.core.data.geometry import VolumeGeometry
+from sdseg_cli.core.data.volume_files import MAX_VOXELS
 from sdseg_cli.core.data.volumes import Volume
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
@@ -123,15 +125,27 @@ def read_dicom_seg_alone(path: Path) -> Volume:
     import highdicom
 
     try:
-        found = highdicom.seg.segread(path).get_volume(combine_segments=True)
+        document = highdicom.seg.segread(path)
+        _refuse_no_block(document)
+        found = document.get_volume(combine_segments=True)
         frames = np.asarray(found.array)
         # Its array counts slices, rows and columns, and its affine LPS+.
         affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(found.affine)[:, [2, 1, 0, 3]]
     except Exception as error:  # a damaged file raises almost anything
-        raise DataError(f"{path}: cannot be read as a DICOM-SEG ({type(error).__name__}).") from error
+        reason = str(error) if isinstance(error, DataError) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as a DICOM-SEG ({reason}).") from error
     labels = frames.astype(np.uint8).transpose(2, 1, 0)
     columns, rows, slices = labels.shape
     return Volume(labels, VolumeGeometry((columns, rows, slices), affine), "dicom", path, ())
+
+
+def _refuse_no_block(document: Any) -> None:
+    """See that the slices form a block, and how large it is, before anything of that size is made."""
+    geometry = document.get_volume_geometry()
+    if geometry is None:
+        raise DataError("its slices are unevenly spaced or shifted, and form no block of voxels")
+    if math.prod(geometry.spatial_shape) > MAX_VOXELS:
+        raise DataError(f"it claims {geometry.spatial_shape} voxels; at most {MAX_VOXELS} are read")
 
 
 def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices: Sequence[str]) -> None:
