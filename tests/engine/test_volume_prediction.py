@@ -308,7 +308,7 @@ def test_a_channel_that_is_missing_or_lies_elsewhere_fails_its_case_alone(scans,
     save(scans / "c_0002.nii.gz", scan()[:, :, :7])
     records = run(scans, out, BrightIsForeground(channels=[0, 1, 2]), channels=[0, 1, 2])
     assert [record.status for record in records] == ["done", "failed", "failed"]
-    assert records[1].error.startswith("b_0001.nii.gz missing beside b_0000.nii.gz")
+    assert records[1].error.startswith("b_0001.nii.gz: missing beside b_0000.nii.gz")
     assert records[2].error.startswith("channel c_0002.nii.gz (")
     assert "does not lie voxel on voxel on c_0000.nii.gz" in records[2].error
     assert [path.name for path in out.iterdir()] == ["a.nii.gz"]

@@ -75,7 +75,11 @@ def prediction_page(
     return Page(
         title="What was found",
         lead=f"{_count(there)} segmented into {', '.join(classes[1:])}"
-        + (f"; {failed} could not be read and are in the table." if failed else "."),
+        + (
+            f"; {failed} could not be read and {'is' if failed == 1 else 'are'} in the table."
+            if failed
+            else "."
+        ),
         figures=_figures(there, classes, doubts, failed),
         gallery=_gallery(shown, doubts, by_doubt=has_draws),
         gallery_title=f"{_noun(there).capitalize()} to look at",

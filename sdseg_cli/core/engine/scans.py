@@ -44,7 +44,7 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> Scan:
     missing = [path.name for path in dict.fromkeys(paths) if task.channels and not path.is_file()]
     if missing:
         raise DataError(
-            f"{readable(', '.join(missing))} missing beside {readable(task.path.name)}: the model was "
+            f"{readable(', '.join(missing))}: missing beside {readable(task.path.name)}. The model was "
             "trained on a file for each channel of a case. Put it there, or leave the case out."
         )
     before = [path.stat() for path in paths]
