@@ -371,7 +371,7 @@ def _traced(run: ScoredRun) -> str:
     parts = [f"{run.location} ({run.kind})"]
     parts += [f"SHA-256 {digest}"] if digest else []
     parts += [f"dataset fingerprint {fingerprint}"] if fingerprint else []
-    parts += [", ".join(f"{name} {value}" for name, value in sampling.items())] if sampling else []
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in (sampling or {}).items()]
     return ", ".join(parts)
 
 
@@ -407,5 +407,5 @@ def _page(
         **dict(facts_of(report, {"command": "Command", "versions": "Versions", "written": "Written"})),
     }
     title = f"Comparison of {', '.join(method.name for method in comparison.methods)}"
-    footer = f"sdseg {__version__}"
+    footer = f"Written by sdseg {__version__} at {report['written']}. One file; nothing is fetched."
     return render_page(comparison_page(comparison, title, tables, curves=curves, facts=facts, footer=footer))
