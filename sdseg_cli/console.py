@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -155,10 +155,14 @@ def show_table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
+    cells = [[format_number(value) for value in row] for row in rows]
+    # Names are there to be copied: what has to be folded on a narrow screen is the rest.
+    names_fit = all(len(row[0]) <= results.width // 2 for row in cells)
     for index, heading in enumerate(columns):
-        table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(format_number(value)) for value in row))
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=not index and names_fit)
+    for row in cells:
+        table.add_row(*map(Text, row))
     results.print(table)
 
 

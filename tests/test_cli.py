@@ -301,6 +301,15 @@ def test_a_table_fits_80_columns_and_draws_what_is_missing_as_a_dash(capsys, mon
     assert text.count(" - ") == 2
 
 
+def test_names_in_a_table_stay_in_one_piece_on_a_narrow_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "kseg-fast-20260131-120000"
+    console.show_table(["run", *"abcde"], [[name, *["two words"] * 5], ["b", *["two words"] * 5]])
+    assert name in capsys.readouterr().out
+    console.show_table(["run", "a"], [["x" * 100, "y"]])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
 def test_progress_in_a_pipe_is_a_line_at_the_end(capsys):
     assert list(console.progress(iter("abc"), 3, "preparing", unit="cases")) == ["a", "b", "c"]
     assert capsys.readouterr().err == "preparing: 3/3 cases\n"

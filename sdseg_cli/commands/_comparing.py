@@ -20,7 +20,7 @@ from sdseg_cli.commands._measured import (
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
-from sdseg_cli.core.manifest import made_with, write_manifest
+from sdseg_cli.core.manifest import made_with, sum_of_files, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -149,15 +149,15 @@ class _Found:
     @classmethod
     def of(cls, source: Source) -> _Found:
         from sdseg_cli.core.data.images import list_images
-        from sdseg_cli.core.data.volumes import is_volume
         from sdseg_cli.core.engine.comparison_sources import holds_scores
+        from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 
         folder = Path(source.location).expanduser()
         if holds_scores(folder):
             return cls(source, "scores")
         is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", EXPORT_FILE))
         if folder.is_dir() and not is_model:
-            if not list_images(folder) and not any(is_volume(path) for path in folder.iterdir()):
+            if not list_images(folder) and not any(is_label_volume(path) for path in folder.iterdir()):
                 raise UsageError(
                     f"{folder} holds no run, no model, no masks and no scores. Give a run directory, a model "
                     "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."
@@ -198,10 +198,13 @@ def _settled(settings: Settings, found: Sequence[_Found]) -> Settings:
     folders = [Path(one.source.location).expanduser() for one in found if one.kind == "scores"]
     scores = [counted_by(read_summary(folder)) for folder in folders]
     data = settings.data
-    if data is None and any(one.kind == "masks" for one in found):
-        if recipe is None:
-            raise UsageError("a folder of masks is compared on a prepared dataset: name it with --data.")
-        data = Path(recipe.data.dataset)
+    has_masks = any(one.kind == "masks" for one in found)
+    if data is None and has_masks and recipe is None:
+        raise UsageError("a folder of masks is compared on a prepared dataset: name it with --data.")
+    if data is None and recipe is not None:
+        knows_none = [one for one in found if one.model is not None and one.model.recipe is None]
+        if has_masks or knows_none:  # as exported graphs and copied model folders do
+            data = Path(recipe.data.dataset)
     counted = {"convention": "standard", "grid": "case"}
     if recipe is not None:
         counted = {"convention": str(recipe.evaluate.convention), "grid": str(recipe.evaluate.grid)}
@@ -224,6 +227,7 @@ def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
         scored,
         unmatched_masks,
     )
+    from sdseg_cli.core.engine.evaluation import masks_by_name
 
     convention, grid = str(settings.convention), str(settings.grid)
     folder = Path(found.source.location).expanduser()
@@ -244,7 +248,9 @@ def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
     rows, failed = scored(list(console.progress(records, total, title, unit="cases")))
     for name in unmatched_masks(folder, dataset.split(settings.split).case_ids):
         console.warn(f"{folder}: {name} belongs to no case of the split, so it is not scored")
-    return ScoredRun(str(folder), "masks", rows, failed, facts={"dataset": dataset.manifest.fingerprint})
+    digest = sum_of_files([*masks_by_name(folder, "masks").values()])
+    facts = {"sha256": digest, "dataset": dataset.manifest.fingerprint}
+    return ScoredRun(str(folder), "masks", rows, failed, facts=facts)
 
 
 def _score_model(found: _Found, model: Model, title: str, settings: Settings) -> ScoredRun:
@@ -355,6 +361,20 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
     return Written(comparison, tables, report)
 
 
+def _traced(run: ScoredRun) -> str:
+    """Where scores come from: the place, the SHA-256 of model or masks, the data and the settings."""
+    model = run.facts.get("model")
+    digest = run.facts.get("sha256") or (model.get("sha256") if isinstance(model, Mapping) else None)
+    dataset = run.facts.get("dataset")
+    fingerprint = dataset.get("fingerprint") if isinstance(dataset, Mapping) else dataset
+    sampling = run.facts.get("sampling")
+    parts = [f"{run.location} ({run.kind})"]
+    parts += [f"SHA-256 {digest}"] if digest else []
+    parts += [f"dataset fingerprint {fingerprint}"] if fingerprint else []
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in (sampling or {}).items()]
+    return ", ".join(parts)
+
+
 def _evidence(run: ScoredRun) -> dict[str, Any]:
     return {"location": run.location, "kind": run.kind, "failed": dict(run.failed), **run.facts}
 
@@ -369,6 +389,7 @@ def _page(
     from sdseg_cli import __version__
     from sdseg_cli.core.data.images import read_image
     from sdseg_cli.core.engine.comparison_report import comparison_page
+    from sdseg_cli.core.engine.report_parts import facts as facts_of
     from sdseg_cli.core.reporting.page import render_page, webp_source
 
     picture = folder / CURVES_FILE
@@ -378,13 +399,13 @@ def _page(
         "Grid": settings.grid,
         "Convention for empty masks": settings.convention,
         "Baseline": comparison.baseline,
-        "Compared": "; ".join(
-            f"{method.name}: {', '.join(run.location for run in method.runs)}"
+        **{
+            f"Method {method.name}": "; ".join(_traced(run) for run in method.runs)
             for method in comparison.methods
-        ),
+        },
         **({"Remarks": " ".join(settings.notes)} if settings.notes else {}),
-        "Written": report["written"],
+        **dict(facts_of(report, {"command": "Command", "versions": "Versions", "written": "Written"})),
     }
     title = f"Comparison of {', '.join(method.name for method in comparison.methods)}"
-    footer = f"sdseg {__version__}"
+    footer = f"Written by sdseg {__version__} at {report['written']}. One file; nothing is fetched."
     return render_page(comparison_page(comparison, title, tables, curves=curves, facts=facts, footer=footer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Model:
                 if value is None and hasattr(self.recipe.sampling, name):
                     chosen[name] = getattr(self.recipe.sampling, name)
         else:
-            stated = self._stated_sampling()
+            stated = dict(self.training_data.get("sampling") or {})
             chosen = {name: stated.get(name) if value is None else value for name, value in chosen.items()}
         if chosen.get("flips"):
             chosen["flips"] = list(chosen["flips"])  # as JSON gives them back
@@ -107,16 +108,29 @@ class Model:
             "trained_until": fields.get("ended"),
         }
 
-    def _stated_sampling(self) -> Mapping[str, Any]:
-        """How a model without its run says it is to be used: a copied folder, or an exported graph."""
+    @cached_property
+    def training_data(self) -> Mapping[str, Any]:
+        """What the model says of the data it was trained on and of its use; empty if it says nothing."""
         for name in ("model_index.json", EXPORT_FILE):
-            file = Path(self.reference.location) / name
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                return dict((content.get("training_data") or {}).get("sampling") or {})
+                content = json.loads(self._file(name).read_text(encoding="utf-8"))
+                return dict(content.get("training_data") or {})
             except (OSError, ValueError, TypeError, AttributeError):
                 continue
         return {}
+
+    def _file(self, name: str) -> Path:
+        """A file of the model, which is fetched where the model is on the hub.
+
+        Raises:
+            OSError: it is not there; the errors of the hub are such. Whoever loads the model tells why.
+        """
+        folder = Path(self.reference.location)
+        if folder.is_dir():
+            return folder / name
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.reference.location, name))
 
     def _trained_on(self) -> Mapping[str, Any]:
         run = self.reference.run

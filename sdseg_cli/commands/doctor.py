@@ -179,7 +179,9 @@ def _show(report: dict[str, Any]) -> None:
         console.show_facts({**facts, "compilers": ", ".join(tools)}, title="\nDevices")
     console.show_facts(report["optional"], title="\nOptional packages")
     if weights:
-        console.show_facts(weights, title="\nWeights")
+        cache = f"{weights['hub_cache']}, {weights['hub_cache_gb']} GB"
+        backbone = weights["lpips_backbone"] or "none"
+        console.show_facts({"hub cache": cache, "LPIPS backbone": backbone}, title="\nWeights")
     console.show_facts({place: f"{gb} GB free" for place, gb in report["disk"].items()}, title="\nDisk")
     console.show_facts(report["datasets"] or {"data/": "none"}, title="\nPrepared datasets")
     for text in report["broken"]:

@@ -57,6 +57,7 @@ from sdseg_cli.core.manifest import Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
 if TYPE_CHECKING:
+    from sdseg_cli.core.data.dicom_codes import SegmentCode
     from sdseg_cli.core.engine.inference import Predictor
     from sdseg_cli.core.engine.processes import Processes
     from sdseg_cli.core.engine.volume_prediction import VolumeSettings
@@ -65,7 +66,7 @@ SETTINGS_FILE = "prediction.json"
 # What decides a mask, as SETTINGS_FILE names it; one that is absent was left to the model.
 MASK_SETTINGS = (
     *("model", "model_of", "decoder", "seed", "num_inference_steps", "num_samples", "threshold"),
-    *("flips", "largest_component", "window", "axis", "nan_fill"),
+    *("flips", "largest_component", "window", "axis", "nan_fill", "segment_codes"),
 )
 MOST_LISTED = 12  # failed files named on the screen; the summary has them all
 
@@ -97,6 +98,7 @@ sdseg predict archive/ --out masks/ --recursive --skip-existing    # go on where
 sdseg predict archive/ --out masks/ --shard 2/4                    # one of four workers, on any machine
 sdseg predict ct.nii.gz --out masks/ --window=-175,250             # a volume; the mask has its geometry
 sdseg predict dicom/ --out masks/ --recursive --format dicom-seg   # a DICOM-SEG for every series
+sdseg predict dicom/ --out masks/ --format dicom-seg --segment-codes codes.yaml   # with your codes
 """
 
 
@@ -139,6 +141,16 @@ def predict(
         VolumeFormat,
         typer.Option("--format", help="Of the masks of volumes; 'same' gives NIfTI for DICOM."),
     ] = VolumeFormat.same,
+    segment_codes: Annotated[
+        Path | None,
+        typer.Option(
+            "--segment-codes",
+            metavar="FILE",
+            help="YAML for dicom-seg: what each class is called in DICOM, as in polyp: SCT:41329004:Polyp. "
+            "Default: by the names of the classes.",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[
         str | None,
         typer.Option(
@@ -212,8 +224,10 @@ def predict(
         probabilities=probabilities,
         uncertainty=several,
         mask_format=mask_format.value,  # type: ignore[arg-type]
+        channels=found.training_data.get("channels") or (),
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
+    codes = _stated_codes(segment_codes, mask_format)
     limits = parse_window(window)
     if not any(task.is_volume for task in tasks):
         of_volumes = {"--window": window, "--axis": axis, "--nan-fill": nan_fill}
@@ -228,7 +242,9 @@ def predict(
         "axis": axis.value if axis else None,
         "nan_fill": finite_or_none(nan_fill),
     }
-    stated = {name: value for name, value in chosen.items() if value is not None}
+    stated: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if codes:
+        stated["segment_codes"] = {name: str(code) for name, code in codes.items()}
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
     settings = {**identity, "seed": seed, **sampling, **stated}
     planned, tasks = tasks, part.of(tasks)
@@ -263,7 +279,7 @@ def predict(
             precision=precision.value,
             compiled=compiled,
             overwrite=overwrite,
-            volumes=chosen,
+            volumes={**chosen, "segment_codes": codes},
         )
 
 
@@ -320,9 +336,9 @@ class _Session:
             predictor = load_predictor(reference, device=device, precision=precision, **options)
         self.classes = tuple(predictor.classes)
         if any(task.mask.suffix == ".dcm" for task in todo):
-            from sdseg_cli.core.data.dicom_codes import coding_remarks
+            from sdseg_cli.core.data.dicom_codes import codes_of, coding_remarks
 
-            for remark in coding_remarks(self.classes):
+            for remark in coding_remarks(codes_of(self.classes, volumes["segment_codes"])):
                 console.say(remark)
         removed: list[Path] = []
         if overwrite and processes.is_main:
@@ -512,6 +528,19 @@ class _Session:
             "classes": list(self.classes),
             "images": len(self.planned),
         }
+
+
+def _stated_codes(path: Path | None, mask_format: VolumeFormat) -> dict[str, SegmentCode]:
+    """What --segment-codes says; nothing where it is not given."""
+    if path is None:
+        return {}
+    if mask_format != VolumeFormat.dicom_seg:
+        raise UsageError(
+            "--segment-codes: of use for DICOM-SEG only. Add --format dicom-seg, or leave it out."
+        )
+    from sdseg_cli.core.data.dicom_codes import read_segment_codes
+
+    return read_segment_codes(path)
 
 
 def _with_decoder(decoder: Path | None) -> dict[str, str]:

@@ -168,7 +168,8 @@ def folder(
 ) -> None:
     """Prepare your own images or volumes and masks, paired by name.
 
-    Images are PNG, JPEG, TIFF or BMP; volumes are NIfTI, NRRD or MetaImage, and are cut into slices.
+    Images are PNG, JPEG, TIFF or BMP; volumes are NIfTI, NRRD, MetaImage or DICOM series, and are cut into
+    slices.
 
     Examples:
         sdseg prepare folder --images scans --masks labels --classes polyp

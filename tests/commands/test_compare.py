@@ -84,6 +84,19 @@ def masks(place, tmp_path):
     return folder
 
 
+def test_a_model_that_knows_no_data_is_compared_on_that_of_the_run_beside_it(place, tmp_path):
+    shutil.copytree(place / "runs/a/model", tmp_path / "copied")
+    given = ("runs/b", f"copied={tmp_path / 'copied'}")
+    options = ("--split", "train", "--draws", 0, "--device", "cpu", "--out", tmp_path / "out")
+    assert sdseg("compare", *given, *options) == 0
+    methods = json.loads((tmp_path / "out/summary.json").read_text())["methods"]
+    (own,), (copied,) = methods["b"], methods["copied"]
+    assert copied["kind"] == "model"
+    assert copied["dataset"] == own["dataset"]
+    shutil.copytree(place / "runs/b/model", tmp_path / "other")
+    assert sdseg("compare", tmp_path / "copied", tmp_path / "other", "--out", tmp_path / "none") == 2
+
+
 def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     out = tmp_path / "out"
     given = ("ours=runs/a", "ours=runs/b", f"other={masks}")
@@ -107,6 +120,12 @@ def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     assert r"\toprule" in (out / "comparison.tex").read_text()
     assert "| other" in (out / "comparison.md").read_text()
     assert (out / "curves.png").stat().st_size > 1000
+    page = (out / "report.html").read_text()
+    digests = [one["sha256"] for method in summary["methods"].values() for one in method]
+    assert len({*digests}) == 3  # two models, one folder of masks
+    fingerprint = PreparedDataset.open("phantom").manifest.fingerprint
+    for evidence in (*digests, fingerprint, "Command", "torch"):
+        assert str(evidence) in page, evidence
 
 
 def test_the_scores_of_a_run_and_of_masks_are_those_of_evaluate(place, masks, tmp_path, capsys):

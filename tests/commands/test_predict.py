@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
 import typer
@@ -525,6 +526,19 @@ def test_a_volume_gives_a_mask_in_its_geometry_and_a_broken_one_exit_code_3(tmp_
     table = {row["file"]: row for row in rows(out)}
     assert table["a.nii.gz"]["slices"] == "5"
     assert float(table["a.nii.gz"]["polyp_ml"]) > 0
+
+
+def test_what_the_model_was_trained_on_decides_which_files_make_a_case(tmp_path, model, made):
+    stated = {"channels": [0, 1, 1], "sampling": {"num_samples": 3}}
+    (Path(model) / "model_index.json").write_text(json.dumps({"training_data": stated}))
+    for number in (0, 1):
+        image = nibabel.Nifti1Image(np.full((6, 5, 4), 200 * number, np.int16), np.eye(4))
+        nibabel.save(image, tmp_path / f"case_{number:04d}.nii.gz")
+    names = [tmp_path / f"case_{number:04d}.nii.gz" for number in (0, 1)]
+    assert exit_code(scans=names, out=tmp_path / "out", model=model, report=True) == 0
+    assert (tmp_path / "out" / "case.nii.gz").is_file()
+    assert [row["case"] for row in rows(tmp_path / "out")] == ["case"]
+    assert made[0].options["num_samples"] == 3
 
 
 def test_slices_run_along_the_axis_that_is_asked_for_and_the_page_shows_them(tmp_path, model, made):

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
 from sdseg_cli.core.data.dicom import DicomSeries, find_series, read_series
-from sdseg_cli.core.data.dicom_codes import coding_remarks, segment_code
-from sdseg_cli.core.data.dicom_seg import read_dicom_seg, require_highdicom, write_dicom_seg
+from sdseg_cli.core.data.dicom_codes import (
+    _is_snomed_ct,
+    codes_of,
+    coding_remarks,
+    read_segment_codes,
+    segment_code,
+)
+from sdseg_cli.core.data.dicom_seg import (
+    read_dicom_seg,
+    read_dicom_seg_alone,
+    require_highdicom,
+    write_dicom_seg,
+)
+from sdseg_cli.core.data.geometry import VolumeGeometry
+from sdseg_cli.core.data.pairs import pair_folders
+from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
+from sdseg_cli.core.data.volumes import read_volume, write_label_volume
+from sdseg_cli.core.engine.evaluation import evaluate_folders
+from sdseg_cli.core.engine.evaluation import pair_folders as pair_folders_of_masks
+from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
@@ -237,7 +257,7 @@ def test_a_dicom_seg_refers_to_its_slices_and_holds_each_class(tmp_path: Path, i
     if not is_empty:
         labels[1:4, 2:5, 1:3] = 1
         labels[5, 6, 4] = 2
-    write_dicom_seg(tmp_path / "seg.dcm", labels, series, ("background", "liver", "tumour"))
+    write_dicom_seg(tmp_path / "seg.dcm", labels, series, codes_of(("background", "liver", "tumour"), {}))
     seg = highdicom.seg.segread(tmp_path / "seg.dcm")
     uids = [pydicom.dcmread(path).SOPInstanceUID for path in paths]
     frames = seg.get_pixels_by_source_instance(
@@ -249,22 +269,114 @@ def test_a_dicom_seg_refers_to_its_slices_and_holds_each_class(tmp_path: Path, i
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_segments_carry_the_codes_of_what_they_are_and_of_their_side(tmp_path: Path) -> None:
-    highdicom = pytest.importorskip("highdicom")
-    write_series(tmp_path / "scan")
+def written_segments(folder: Path, classes: tuple[str, ...], codes: str = "") -> list[pydicom.Dataset]:
+    """The segments of a DICOM-SEG of these classes, as pydicom alone reads them."""
+    pytest.importorskip("highdicom")
+    write_series(folder / "scan")
     labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
     labels[1:4, 2:5, 1:3] = 1
-    classes = ("background", "Left_Kidney", "polyp", "cup")
-    write_dicom_seg(tmp_path / "seg.dcm", labels, only(tmp_path / "scan"), classes)
-    segments = highdicom.seg.segread(tmp_path / "seg.dcm").SegmentSequence
-    types = [item.SegmentedPropertyTypeCodeSequence[0] for item in segments]
-    # The numbers are SNOMED CT's, as PS3.16 lists them.
-    assert [item.CodeValue for item in types] == ["64033007", "68496003", "85756007"]
-    assert {item.CodingSchemeDesignator for item in types} == {"SCT"}
-    assert types[0].SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning == "Left"
-    assert "SegmentedPropertyTypeModifierCodeSequence" not in types[1]
-    categories = [item.SegmentedPropertyCategoryCodeSequence[0].CodeValue for item in segments]
+    (folder / "codes.yaml").write_text(codes)
+    stated = read_segment_codes(folder / "codes.yaml") if codes else {}
+    write_dicom_seg(folder / "seg.dcm", labels, only(folder / "scan"), codes_of(classes, stated))
+    return list(pydicom.dcmread(folder / "seg.dcm").SegmentSequence)
+
+
+def told(sequence: pydicom.Sequence) -> tuple[str, str, str]:
+    (item,) = sequence
+    return item.CodingSchemeDesignator, item.CodeValue, item.CodeMeaning
+
+
+def test_segments_carry_the_codes_of_what_they_are_and_of_their_side(tmp_path: Path) -> None:
+    segments = written_segments(tmp_path, ("background", "Left_Kidney", "polyp", "cup"))
+    types = [item.SegmentedPropertyTypeCodeSequence for item in segments]
+    # The numbers are SNOMED CT's; PS3.16 lists them but for the polyp, which it knows in the colon alone.
+    assert [told(item)[:2] for item in types] == [("SCT", n) for n in ("64033007", "41329004", "85756007")]
+    assert told(types[1]) == ("SCT", "41329004", "Polyp")
+    assert told(types[0][0].SegmentedPropertyTypeModifierCodeSequence)[2] == "Left"
+    assert "SegmentedPropertyTypeModifierCodeSequence" not in types[1][0]
+    categories = [told(item.SegmentedPropertyCategoryCodeSequence)[1] for item in segments]
     assert categories == ["91723000", "49755003", "85756007"]
+    assert not any("AnatomicRegionSequence" in item for item in segments)
+
+
+def test_users_say_how_their_classes_are_coded(tmp_path: Path) -> None:
+    codes = """
+polyp: SCT:68496003:Polyp of colon   # a code alone is the type; the category is that of the name
+stone:
+  type: "99CLINIC:K-7:Stone: large"
+  category: SCT:49755003:Morphologically Abnormal Structure
+  side: right
+  region: SCT:64033007:Kidney
+"""
+    segments = written_segments(tmp_path, ("background", "polyp", "stone", "liver"), codes)
+    types = [item.SegmentedPropertyTypeCodeSequence for item in segments]
+    assert told(types[0]) == ("SCT", "68496003", "Polyp of colon")
+    assert told(types[1]) == ("99CLINIC", "K-7", "Stone: large")
+    assert told(types[2])[1] == "10200004"  # not stated: by its name
+    categories = [told(item.SegmentedPropertyCategoryCodeSequence)[1] for item in segments]
+    assert categories == ["49755003", "49755003", "91723000"]
+    assert told(types[1][0].SegmentedPropertyTypeModifierCodeSequence)[2] == "Right"
+    assert told(segments[1].AnatomicRegionSequence) == ("SCT", "64033007", "Kidney")
+    assert "AnatomicRegionSequence" not in segments[0]
+    (remark,) = coding_remarks(
+        codes_of(("background", "stone"), {"stone": read_segment_codes(tmp_path / "codes.yaml")["stone"]})
+    )
+    assert (
+        remark
+        == "segments are coded so: stone is Stone: large, right (99CLINIC K-7) in Kidney (SCT 64033007)"
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ("", "expected a class a line"),
+        ("- polyp", "expected a class a line"),
+        ("polyp: 41329004", "line 1: polyp: found 41329004, expected SCHEME:CODE:MEANING"),
+        ("polyp: SCT:41329004", "expected SCHEME:CODE:MEANING"),
+        ("polyp: SCT:41329005:Polyp", "41329005 is no code of SNOMED CT: its last digit"),
+        (f"polyp: DCM:1:{'x' * 65}", "no meaning of DICOM: expected at most 64 characters"),
+        ("polyp: DCM:12345678901234567:x", "no code of DICOM: expected at most 16"),
+        ("liver:\n  side: left", "liver: there is no type"),
+        ("liver:\n  type: SCT:10200004:Liver\n  sort: x", "liver: found sort; expected type"),
+        ("liver:\n  type: SCT:10200004:Liver\n  side: up", "side: found 'up', expected left or right"),
+        ("a: b\nstone: SCT:56381008:Calculus", "line 2: stone: the name is not known, so its category"),
+        ("polyp: *all", "line 1"),
+    ],
+)
+def test_codes_that_are_none_are_told_with_their_lines(codes: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "codes.yaml").write_text(codes)
+    with pytest.raises(UsageError) as told_of:
+        read_segment_codes(tmp_path / "codes.yaml")
+    assert str(tmp_path / "codes.yaml") in str(told_of.value)
+    assert message in str(told_of.value)
+
+
+def test_a_class_that_the_model_does_not_have_cannot_be_coded(tmp_path: Path) -> None:
+    (tmp_path / "codes.yaml").write_text("liver: SCT:10200004:Liver\npolyp: SCT:41329004:Polyp")
+    stated = read_segment_codes(tmp_path / "codes.yaml")
+    with pytest.raises(UsageError, match="the model has no class liver; its classes are polyp"):
+        codes_of(("background", "polyp"), stated)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_segment_codes(tmp_path / "absent.yaml")
+
+
+def test_the_check_digit_holds_for_every_code_of_the_standard_and_for_no_mistyped_one() -> None:
+    from pydicom.sr.codedict import codes
+
+    values = {
+        code.value
+        for cid in (7151, 6201, 7159)
+        for name in getattr(codes, f"cid{cid}").dir()
+        if (code := getattr(getattr(codes, f"cid{cid}"), name)).scheme_designator == "SCT"
+    }
+    assert len(values) > 500
+    assert [value for value in values if not _is_snomed_ct(value)] == []
+    for value in ("41329004", "10200004", "64033007"):
+        mistyped = [f"{value[:i]}{(int(value[i]) + 1) % 10}{value[i + 1 :]}" for i in range(len(value))]
+        swapped = [value[:i] + value[i + 1] + value[i] + value[i + 2 :] for i in range(len(value) - 1)]
+        assert not any(_is_snomed_ct(wrong) for wrong in {*mistyped, *swapped} - {value})
 
 
 def test_every_organ_of_the_benchmark_has_a_code_and_what_has_none_is_told() -> None:
@@ -275,9 +387,9 @@ def test_every_organ_of_the_benchmark_has_a_code_and_what_has_none_is_told() -> 
     assert str(found["right adrenal gland"]) == "Adrenal gland, right (SCT 23451007)"
     assert not segment_code("left right kidney").is_known
     assert segment_code("left cup").side is None
-    known, unknown = coding_remarks(("background", "liver", "cup", "thing"))
+    known, unknown = coding_remarks(codes_of(("background", "liver", "cup", "thing"), {}))
     assert "liver is Liver (SCT 10200004)" in known
-    assert "no SNOMED CT code is known for cup, thing" in unknown
+    assert "no code is known for cup, thing" in unknown
 
 
 @pytest.mark.faults
@@ -327,3 +439,165 @@ def test_without_a_stated_spacing_the_volume_says_that_millilitres_mean_nothing(
     write_series(tmp_path, PixelSpacing=None)
     volume = read_series(only(tmp_path))
     assert any("no PixelSpacing is stated" in note for note in volume.notes)
+
+
+# Prepared
+
+
+def label_volume(folder: Path) -> tuple[np.ndarray, Path]:
+    """Labels of the only series of a folder, and the same series written as NIfTI by SimpleITK."""
+    series = only(folder)
+    labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
+    labels[1:5, 2:6, 1:4] = 1
+    labels[6:8, 2:4, 2:4] = 2
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    target = folder.parents[1] / f"{folder.name}.nii.gz"
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32), str(target))
+    assert read_series(series).geometry.differences(read_volume(target).geometry) == []
+    return labels, target
+
+
+def slices_of(case, num_classes: int = 3) -> list:
+    slices, _ = _read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
+    return list(slices)
+
+
+def test_series_are_prepared_with_labels_of_any_format_as_their_volumes_are(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    write_series(images / "patient 1", description="CT 1.25")  # alone in its folder: named like it
+    labels, nifti = label_volume(images / "patient 1")
+    geometry = read_series(only(images / "patient 1")).geometry
+    write_label_volume(masks / "patient 1.nii.gz", labels, geometry)
+    write_series(images / "two", description="early 1.5")
+    write_series(images / "two", description="late", prefix="L")
+    early, late = find_series(list((images / "two").iterdir())).series
+    (masks / "two").mkdir()
+    codes = codes_of(("background", "liver", "tumour"), {})
+    write_dicom_seg(masks / "two" / "early_1.5.dcm", labels, early, codes)
+    write_label_volume(masks / "two" / "late.nrrd", labels, read_series(late).geometry)
+    (images / "two" / "notes.txt").write_text("no slice")
+    pairs = pair_folders(images, masks)
+    assert [case.case_id for case in pairs.cases] == ["patient 1", "two__early_1.5", "two__late"]
+    assert all(case.is_volume for case in pairs.cases)
+    assert [(one.case_id, one.reason) for one in pairs.problems] == [
+        ("two__notes.txt", "is not a DICOM file")
+    ]
+    expected = slices_of(RawCase("x", "x", nifti, masks / "patient 1.nii.gz"))
+    assert max(one.label_map.max() for one in expected) == 2
+    for case in pairs.cases:
+        for found, wanted in zip(slices_of(case), expected, strict=True):
+            np.testing.assert_array_equal(found.label_map, wanted.label_map)
+            np.testing.assert_array_equal(found.image, wanted.image)
+            assert found.spacing_mm == pytest.approx(wanted.spacing_mm)
+    before = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    assert len({*before}) == 3
+    data = pydicom.dcmread(late.files[0])
+    data.PatientName = "Other"
+    data.save_as(late.files[0])
+    after = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False]
+
+
+@pytest.mark.faults
+def test_labels_that_do_not_fit_a_series_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    for name in "ab":
+        write_series(images / name)
+    labels, nifti = label_volume(images / "a")
+    write_dicom_seg(masks / "a.dcm", labels, only(images / "a"), codes_of(("background", "x", "y"), {}))
+    (case,) = pair_folders(images, masks).cases
+    assert [one.reason for one in pair_folders(images, masks).problems] == [f"image b has no mask in {masks}"]
+    with pytest.raises(DataError, match=r"a\.dcm: segment 2 found, expected 1 to 1"):
+        slices_of(case, num_classes=2)
+    with pytest.raises(DataError, match=r"a\.dcm is DICOM, its image a\.nii\.gz is none"):
+        slices_of(RawCase("x", "x", nifti, masks / "a.dcm"))
+    (masks / "a.dcm").rename(masks / "b.dcm")  # of other slices
+    (case,) = pair_folders(images, masks).cases
+    with pytest.raises(DataError, match=r"b\.dcm: refers to 5 slices that are not in series"):
+        slices_of(case)
+
+
+# Evaluated
+
+
+@pytest.fixture
+def segmented(tmp_path: Path) -> tuple[Path, np.ndarray, VolumeGeometry]:
+    """A DICOM-SEG that lacks the empty slices, its labels, and where all slices of the scan lie."""
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "images" / "a")
+    labels, _ = label_volume(tmp_path / "images" / "a")
+    series = only(tmp_path / "images" / "a")
+    write_dicom_seg(tmp_path / "a.dcm", labels, series, codes_of(("background", "x", "y"), {}))
+    return tmp_path / "a.dcm", labels, read_series(series).geometry
+
+
+def test_a_segmentation_is_scored_against_volumes_whatever_their_axes(segmented, tmp_path: Path) -> None:
+    seg, labels, geometry = segmented
+    alone = read_dicom_seg_alone(seg)
+    assert alone.geometry.shape == (COLUMNS, ROWS, 3)  # without the empty first and last slice
+    stored = nibabel.Nifti1Image(labels, geometry.affine)
+    for name, axes in (("same", "LPS"), ("other", "SAR"), ("turned", "PIL")):
+        start = io_orientation(geometry.affine)
+        turned = stored.as_reoriented(ornt_transform(start, axcodes2ornt(axes)))
+        nibabel.save(turned, tmp_path / f"{name}.nii.gz")
+        found = read_volume_pair("case", seg, tmp_path / f"{name}.nii.gz", 3)
+        np.testing.assert_array_equal(found.prediction, turned.get_fdata())
+        np.testing.assert_array_equal(found.ground_truth, turned.get_fdata())
+        swapped = read_volume_pair("case", tmp_path / f"{name}.nii.gz", seg, 3)
+        np.testing.assert_array_equal(swapped.ground_truth, turned.get_fdata())
+
+
+def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segmented, tmp_path) -> None:
+    seg, labels, _ = segmented
+    series = only(tmp_path / "images" / "a")
+    other = np.zeros_like(labels)
+    other[1:5, 2:6, 3:] = 1
+    write_dicom_seg(tmp_path / "b.dcm", other, series, codes_of(("background", "x", "y"), {}))
+    for first, second, expected in ((seg, tmp_path / "b.dcm", (labels, other)),
+                                    (tmp_path / "b.dcm", seg, (other, labels))):  # fmt: skip
+        found = read_volume_pair("case", first, second, 3)
+        # Without the first slice, and from the other end, which is how highdicom counts.
+        np.testing.assert_array_equal(found.prediction, expected[0][:, :, :0:-1])
+        np.testing.assert_array_equal(found.ground_truth, expected[1][:, :, :0:-1])
+    (tmp_path / "p").mkdir()
+    (tmp_path / "t").mkdir()
+    seg.rename(tmp_path / "p" / "case.dcm")
+    (tmp_path / "b.dcm").rename(tmp_path / "t" / "case.dcm")
+    (record,) = evaluate_folders(
+        pair_folders_of_masks(tmp_path / "p", tmp_path / "t"), ("background", "x", "y")
+    )
+    shared = int(((labels == 1) & (other == 1)).sum())
+    assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moved", ["between", "beyond"])
+def test_a_segmentation_that_lies_elsewhere_is_not_scored(moved, segmented, tmp_path: Path) -> None:
+    seg, labels, geometry = segmented
+    affine = geometry.affine.copy()
+    if moved == "between":
+        affine[:3, 3] += 0.5 * affine[:3, 0]
+        truth = labels
+    else:
+        truth = labels[:, :, :3]  # a scan that ends before the segmentation does
+    write_label_volume(tmp_path / "t.nii.gz", truth, VolumeGeometry(truth.shape, affine))
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", seg, tmp_path / "t.nii.gz", 3)
+    with pytest.raises(DataError, match=r"a\.dcm: segment 2 found, expected 1 to 1"):
+        read_volume_pair("case", seg, seg, 2)
+    document = pydicom.dcmread(seg)
+    frames = document.PerFrameFunctionalGroupsSequence
+    position = frames[-1].PlanePositionSequence[0]
+    position.ImagePositionPatient = [float(v) + 3.7 for v in position.ImagePositionPatient]
+    document.save_as(tmp_path / "bent.dcm")
+    with pytest.raises(DataError, match=r"bent\.dcm: cannot be read as a DICOM-SEG \(its slices"):
+        read_volume_pair("case", tmp_path / "bent.dcm", tmp_path / "t.nii.gz", 3)
+    (tmp_path / "b.dcm").write_bytes(seg.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"b\.dcm: cannot be read as a DICOM-SEG"):
+        read_volume_pair("case", tmp_path / "b.dcm", tmp_path / "t.nii.gz", 3)

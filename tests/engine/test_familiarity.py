@@ -1,6 +1,7 @@
 """Images unlike those of the training are noticed, each kind once; those alike are not."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ def test_a_look_leaves_out_the_border_that_the_grid_added():
     image[2:6] = (10, 20, 30)
     assert look_at(image, Grid(10, 20, 8, "pad")) == Look(20.0, True, 20, (10.0, 20.0, 30.0))
     # Of a volume the last two spacings are those within the slice.
-    assert look_at(image, Grid(10, 20, 8, "pad"), (9.0, 0.5, 2.0)).pixel_mm == pytest.approx(1.0)
+    of_volume = look_at(image, Grid(10, 20, 8, "pad"), (9.0, 0.5, 2.0))
+    assert of_volume.pixel_mm == pytest.approx(1.0)
+    assert of_volume.is_slice
+    assert not look_at(image, Grid(10, 20, 8, "pad"), (0.5, 2.0)).is_slice
 
 
 def test_an_image_with_the_faint_colours_of_a_jpeg_is_grey():
@@ -74,6 +78,12 @@ def test_each_kind_is_told_once(strange, words):
 def test_colour_is_told_to_a_model_of_grey_images_and_not_to_one_of_both():
     assert "1 of 1 image is in colour" in unfamiliar({**COLOUR, "colour": 0.0}, [LIKE])[0]
     assert unfamiliar({**COLOUR, "colour": 0.5}, [LIKE, Look(110.0, False, 500)]) == []
+
+
+def test_volumes_are_told_by_their_slices():
+    dark, like = Look(0.0, True, 500, is_slice=True), replace(LIKE, is_slice=True)
+    assert unfamiliar(COLOUR, [dark, like, like])[0].startswith("1 of 3 slices is darker")
+    assert unfamiliar(COLOUR, [dark, dark, LIKE])[0].startswith("2 of 3 images are darker")  # a mixed folder
 
 
 def test_the_odd_one_out_of_many_is_passed_over():

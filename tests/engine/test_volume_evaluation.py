@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -80,3 +81,27 @@ def test_nsd_agrees_with_monai_and_says_0_for_a_missed_structure():
     assert ours == pytest.approx(float(theirs), abs=1e-6)
     assert surface_scores(a == 1, b == 2).nsd == 0
     assert np.isnan(surface_scores(a == 3, b == 3).nsd)
+
+
+def test_the_page_shows_axial_slices_as_viewers_do_whatever_the_order_of_the_axes(folders):
+    # Stored as (feet-head, right-left, back-front), all three counted against RAS.
+    affine = np.array([[0, -0.5, 0, 20], [0, 0, -0.7, 30], [-2.0, 0, 0, 40], [0, 0, 0, 1]])
+    truth = np.zeros((9, 40, 30), np.uint8)
+    truth[3:7, 5:12, 4:20] = 1
+    predicted = truth.copy()
+    predicted[5, 5:12, 12:20] = 0
+    save(folders[0] / "a.nii.gz", predicted, affine)
+    save(folders[1] / "a.nii.gz", truth, affine)
+    (record,) = score(folders)
+    assert record.slices == 9
+    canonical = nibabel.as_closest_canonical(nibabel.load(folders[1] / "a.nii.gz")).get_fdata()
+    shown = record.picture
+    assert shown.slice_index == 9 - 1 - 5  # from the feet up
+    assert shown.pixel_mm == pytest.approx((0.7, 0.5))
+    # Rows from the front to the back, columns from the patient's right to the left.
+    viewed = canonical[::-1, ::-1, shown.slice_index].T
+    assert shown.grid.content[2:] == (192, 256)
+    expected = shown.grid.labels_to_model(np.ascontiguousarray(viewed).astype(np.uint8))
+    np.testing.assert_array_equal(shown.ground_truth, expected)
+    assert shown.prediction.sum() < shown.ground_truth.sum()
+    assert [picture.slice_index for picture in record.stack] == [2, 3, 4, 5]

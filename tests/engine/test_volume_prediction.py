@@ -12,7 +12,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 
+from sdseg_cli.core.data.preparation import Geometry
+from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.data.volumes import VolumeGeometry, is_volume, read_label_volume, write_label_volume
 from sdseg_cli.core.engine.prediction import (
     plan_predictions,
@@ -26,6 +29,7 @@ from sdseg_cli.core.engine.prediction_pictures import read_shown_case
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS
 from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.grid import Grid
 
 SHAPE = (12, 10, 8)
 AFFINE = np.array([[0.5, 0.1, 0, -30], [-0.1, 0.5, 0.2, 12.5], [0, -0.05, 2.0, 7], [0, 0, 0, 1.0]])
@@ -257,9 +261,65 @@ def test_the_largest_component_of_a_volume_is_one_of_its_parts_not_one_of_each_s
 
 
 @pytest.mark.faults
-def test_a_model_of_three_channels_refuses_volumes(tmp_path):
+class Remembers(BrightIsForeground):
+    """Keeps what it was shown."""
+
+    def __call__(self, inputs: Iterable) -> Iterator[SimpleNamespace]:
+        self.images: list[np.ndarray] = []
+        return super().__call__(self._kept(inputs))
+
+    def _kept(self, inputs: Iterable) -> Iterator[SimpleNamespace]:
+        for one in inputs:
+            self.images.append(one.image)
+            yield one
+
+
+def save_channels(scans: Path, case: str, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        save(scans / f"{case}_{number:04d}.nii.gz", scan() + np.int16(10 * number))
+
+
+@pytest.mark.parametrize("window", [(-175, 250), None])
+def test_the_channels_of_a_case_are_seen_as_they_were_in_training(scans, out, tmp_path, window):
+    save_channels(scans, "a_1", range(4))
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(scans / "b_0001.png")  # a picture stays one
+    predictor = Remembers(channels=[2, 0, 3], axis="axial")
+    picture, record = run(scans, out, predictor, channels=[2, 0, 3], settings=VolumeSettings(window))
+    assert (picture.case_id, record.case_id, record.status) == ("b_0001", "a_1", "done")
+    assert (record.file, record.slices) == ("a_1_0000.nii.gz", 8)
+    assert read_label_volume(out / "a_1.nii.gz").geometry.shape == SHAPE
+    save(tmp_path / "label.nii.gz", (scan() > 0).astype(np.uint8))
+    files = [scans / f"a_1_{number:04d}.nii.gz" for number in (2, 0, 3)]
+    slices, _ = read_volume_pair(files, tmp_path / "label.nii.gz", Geometry(window=window))
+    grid = Grid(10, 12, 12)
+    trained_on = [grid.image_to_model(one.image) for one in slices]
+    np.testing.assert_array_equal(predictor.images, trained_on)
+    assert window is None or len({image.tobytes() for image in np.moveaxis(trained_on[3], -1, 0)}) == 3
+    (task,) = [task for task in plan_predictions([scans], out, channels=[2, 0, 3]) if task.is_volume]
+    shown = read_shown_case(task, 2, VolumeSettings(window, "axial"))
+    assert shown.slices[0].image.shape == (10, 12, 3)
+
+
+@pytest.mark.faults
+def test_a_channel_that_is_missing_or_lies_elsewhere_fails_its_case_alone(scans, out):
+    save_channels(scans, "a", (0, 1, 2))
+    save_channels(scans, "b", (0, 2))
+    save_channels(scans, "c", (0, 1))
+    save(scans / "c_0002.nii.gz", scan()[:, :, :7])
+    records = run(scans, out, BrightIsForeground(channels=[0, 1, 2]), channels=[0, 1, 2])
+    assert [record.status for record in records] == ["done", "failed", "failed"]
+    assert records[1].error.startswith("b_0001.nii.gz: missing beside b_0000.nii.gz")
+    assert records[2].error.startswith("channel c_0002.nii.gz (")
+    assert "does not lie voxel on voxel on c_0000.nii.gz" in records[2].error
+    assert [path.name for path in out.iterdir()] == ["a.nii.gz"]
+
+
+@pytest.mark.faults
+def test_a_model_of_three_channels_refuses_volumes_that_are_none(tmp_path):
     save(tmp_path / "a.nii.gz")
-    tasks = plan_predictions([tmp_path], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"channels 0, 2, 3 of every case, and 1 of .*a\.nii\.gz.*CASE_0002"):
+        plan_predictions([tmp_path], tmp_path / "out", channels=[0, 2, 3])
+    tasks = plan_predictions([tmp_path], tmp_path / "out", channels=[1])
     with pytest.raises(ModelError, match="trained on the channels 0, 2, 3 of every case"):
         list(predict_files(tasks, BrightIsForeground(channels=[0, 2, 3])))
     (record,) = predict_files(tasks, BrightIsForeground(channels=[1]))

@@ -283,6 +283,36 @@ def split_seeds() -> list[Files]:
     return [{"a.yaml": short}, *({"a.yaml": path.read_bytes()[:4000]} for path in files)]
 
 
+def segmentation_seeds() -> list[Files]:
+    """A DICOM-SEG of two segments, which lacks the slice that holds nothing."""
+    import tempfile
+
+    from sdseg_cli.core.data.dicom import find_series
+    from sdseg_cli.core.data.dicom_codes import codes_of
+    from sdseg_cli.core.data.dicom_seg import write_dicom_seg
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, content in dicom_seeds()[0].items():
+            (folder / file).write_bytes(content)
+        (series,) = find_series(list(folder.iterdir())).series
+        labels = np.zeros((7, 6, 3), np.uint8)
+        labels[1:4, 1:3, :2], labels[5, 4, 1] = 1, 2
+        write_dicom_seg(folder / "seg", labels, series, codes_of(("background", "liver", "x"), {}))
+        return [{"a.dcm": (folder / "seg").read_bytes()}]
+
+
+def codes_seeds() -> list[Files]:
+    text = b"""polyp: SCT:41329004:Polyp
+stone:
+  type: "99CLINIC:K-7:Stone: large"
+  category: SCT:49755003:Morphologically Abnormal Structure
+  side: right
+  region: SCT:64033007:Kidney
+"""
+    return [{"a.yaml": text}]
+
+
 def dataset_seeds() -> list[Files]:
     """A prepared data set of a few phantoms."""
     import tempfile
@@ -638,6 +668,13 @@ def series_to_segmentation(given: Path, out: Path) -> None:
     _refuse(predict(given, out, mask_format="dicom-seg"))
 
 
+def segmentation(given: Path, out: Path) -> None:
+    from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
+
+    volume = read_dicom_seg_alone(given / "a.dcm")
+    assert volume.voxels.shape == volume.geometry.shape
+
+
 def recipe(given: Path, out: Path) -> None:
     from sdseg_cli.core.recipe import load_recipe, recipe_to_yaml
 
@@ -655,6 +692,13 @@ def split(given: Path, out: Path) -> None:
     again.unlink()
     groups = {"007": "a", "b c": "b"}
     _allowed(partial(check_split, found, groups, where="here", may_share_groups=False), SdsegError)
+
+
+def codes(given: Path, out: Path) -> None:
+    from sdseg_cli.core.data.dicom_codes import codes_of, coding_remarks, read_segment_codes
+
+    stated = read_segment_codes(given / "a.yaml")
+    assert coding_remarks(codes_of(("background", *stated), stated))
 
 
 def dataset(given: Path, out: Path) -> None:
@@ -748,6 +792,7 @@ PARSERS: dict[str, Parser] = {
     "recipe, made": Parser(recipe, made=made_texts),
     "split": Parser(split, split_seeds, {"": damage_text}),
     "split, made": Parser(split, made=made_texts),
+    "codes": Parser(codes, codes_seeds, {"": damage_text}, share=0.3),
     "dataset": Parser(
         dataset, dataset_seeds, {".json": damage_json, ".arrow": damage, "split.yaml": damage}, share=1.5
     ),
@@ -768,6 +813,7 @@ PARSERS: dict[str, Parser] = {
     "mhd": Parser(volume, partial(itk_seeds, ".mhd"), {".mhd": damage_text, "": damage}),
     "dicom": Parser(series, dicom_seeds, {"": damage_dicom}, share=2.0),
     "dicom-seg": Parser(series_to_segmentation, dicom_seeds, {"": damage_dicom}, share=0.3),
+    "dicom-seg, read": Parser(segmentation, segmentation_seeds, {"": damage_dicom}, share=0.3),
     "zip": Parser(archive, partial(archive_seeds, "zip"), {"": through_zip(damage)}),
     "tar": Parser(archive, partial(archive_seeds, "tar"), {"": damage_tar}),
     "tar.gz": Parser(archive, partial(archive_seeds, "tar.gz"), {"": through_gzip(damage_tar)}),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,33 @@ import numpy as np
 
 from sdseg_cli import __version__
 from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
-from sdseg_cli.core.data.dicom_codes import segment_code
+from sdseg_cli.core.data.dicom_codes import SegmentCode
+from sdseg_cli.core.data.geometry import VolumeGeometry
+from sdseg_cli.core.data.volume_files import MAX_VOXELS
+from sdseg_cli.core.data.volumes import Volume
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
 
 
 def require_highdicom() -> None:
-    """Raise a UsageError where the library that writes DICOM-SEG is not installed."""
+    """Raise a UsageError where the library that reads and writes DICOM-SEG is not installed."""
     if importlib.util.find_spec("highdicom") is None:
         raise UsageError(
-            "--format dicom-seg needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or "
-            "choose --format nifti."
+            "DICOM-SEG needs the library highdicom. Install it with: pip install 'sdseg[dicom]', or use "
+            "NIfTI (--format nifti)."
         )
 
 
-def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes: Sequence[str]) -> None:
+def write_dicom_seg(
+    path: Path, labels: np.ndarray, series: DicomSeries, codes: Mapping[str, SegmentCode]
+) -> None:
     """Write labels as a binary DICOM-SEG with a segment for each foreground class, whole or not at all.
 
     Args:
         path: the file, ``.dcm``.
         labels: uint8, (columns, rows, slices) as :func:`~sdseg_cli.core.data.dicom.read_series` orders them.
         series: the slices the labels belong to; patient and study are taken from them.
-        classes: names, the background first.
+        codes: what each foreground class is, in the order of their labels.
 
     Raises:
         DataError: the slices lack what a segmentation must refer to.
@@ -44,8 +50,8 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
     from pydicom.uid import ExplicitVRLittleEndian
 
     frames = np.ascontiguousarray(labels.transpose(2, 1, 0))
-    masks = np.stack([frames == label for label in range(1, len(classes))], axis=-1)
-    segments = [_description(number, name) for number, name in enumerate(classes[1:], start=1)]
+    masks = np.stack([frames == label for label in range(1, len(codes) + 1)], axis=-1)
+    segments = [_description(number, *item) for number, item in enumerate(codes.items(), start=1)]
     try:
         document = highdicom.seg.Segmentation(
             source_images=sorted_headers(series),
@@ -54,7 +60,7 @@ def write_dicom_seg(path: Path, labels: np.ndarray, series: DicomSeries, classes
             segment_descriptions=segments,
             series_instance_uid=highdicom.UID(),
             series_number=9000,
-            series_description=f"sdseg: {', '.join(classes[1:])}"[:64],
+            series_description=f"sdseg: {', '.join(codes)}"[:64],
             sop_instance_uid=highdicom.UID(),
             instance_number=1,
             manufacturer="sdseg",
@@ -92,8 +98,10 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
 
     try:
         document = highdicom.seg.segread(path)
+        slices = [header.SOPInstanceUID for header in sorted_headers(series)]
+        _refuse_other_slices(path, document, series, slices)
         frames = document.get_pixels_by_source_instance(
-            [header.SOPInstanceUID for header in sorted_headers(series)],
+            slices,
             combine_segments=True,
             assert_missing_frames_are_empty=True,
         )
@@ -104,12 +112,57 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
     return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
 
 
-def _description(number: int, name: str) -> Any:
-    """highdicom's description of a segment; its codes follow from the name of its class."""
+def read_dicom_seg_alone(path: Path) -> Volume:
+    """Read a DICOM-SEG without the slices it was made from, as a label volume.
+
+    Slices that hold nothing are mostly left out of such a file, so that its volume may begin and end within
+    that of the scan.
+
+    Raises:
+        DataError: it is no DICOM-SEG, or its slices form no block of voxels.
+    """
+    require_highdicom()
+    import highdicom
+
+    try:
+        document = highdicom.seg.segread(path)
+        _refuse_no_block(document)
+        found = document.get_volume(combine_segments=True)
+        frames = np.asarray(found.array)
+        # Its array counts slices, rows and columns, and its affine LPS+.
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(found.affine)[:, [2, 1, 0, 3]]
+    except Exception as error:  # a damaged file raises almost anything
+        reason = str(error) if isinstance(error, DataError) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as a DICOM-SEG ({reason}).") from error
+    labels = frames.astype(np.uint8).transpose(2, 1, 0)
+    columns, rows, slices = labels.shape
+    return Volume(labels, VolumeGeometry((columns, rows, slices), affine), "dicom", path, ())
+
+
+def _refuse_no_block(document: Any) -> None:
+    """See that the slices form a block, and how large it is, before anything of that size is made."""
+    geometry = document.get_volume_geometry()
+    if geometry is None:
+        raise DataError("its slices are unevenly spaced or shifted, and form no block of voxels")
+    if math.prod(geometry.spatial_shape) > MAX_VOXELS:
+        raise DataError(f"it claims {geometry.spatial_shape} voxels; at most {MAX_VOXELS} are read")
+
+
+def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices: Sequence[str]) -> None:
+    """A slice that a segmentation does not refer to counts as empty; it may refer to none of them."""
+    elsewhere = {uid for _, _, uid in document.get_source_image_uids()} - {*slices}
+    if elsewhere:
+        raise DataError(
+            f"{path}: refers to {len(elsewhere)} slices that are not in series {series.name!r} of "
+            f"{series.folder}. Give the segmentation of that series."
+        )
+
+
+def _description(number: int, name: str, code: SegmentCode) -> Any:
+    """highdicom's description of a segment."""
     import highdicom
     from pydicom.sr.codedict import codes
 
-    code = segment_code(name)
     description = highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,
@@ -119,6 +172,7 @@ def _description(number: int, name: str) -> Any:
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="sdseg", version=__version__, family=codes.DCM.ArtificialIntelligence
         ),
+        anatomic_regions=None if code.region is None else [code.region],
     )
     if code.side is not None:
         side = highdicom.sr.CodedConcept.from_code(code.side)

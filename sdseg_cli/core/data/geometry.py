@@ -97,8 +97,66 @@ class VolumeGeometry:
             found.append(f"The array axes point apart by {degrees} degrees.")
         return found
 
+    def inside(self, other: VolumeGeometry, *, tolerance: float = 0.05) -> VoxelBlock | None:
+        """Find the block of another grid that these voxels are, if they are one.
+
+        Args:
+            other: the grid, which may be larger and count its axes in another order or direction.
+            tolerance: how far a corner may be from a voxel of it, in voxels.
+
+        Returns:
+            The block; it may reach beyond ``other``. None where the voxels lie between those of ``other``.
+        """
+        steps = np.linalg.inv(other.affine) @ self.affine
+        order = np.abs(steps[:3, :3]).argmax(axis=0)  # for each own axis that of the grid
+        if len({*order.tolist()}) < 3:
+            return None
+        signs = np.sign(steps[order, np.arange(3)]).astype(int)
+        extent = np.array(self.shape) - 1
+        first = np.rint(steps[:3, 3]).astype(int)
+        last = first.copy()
+        last[order] += signs * extent
+        corners = steps[:3, 3], steps[:3, 3] + steps[:3, :3] @ extent
+        if max(np.abs(corners[0] - first).max(), np.abs(corners[1] - last).max()) > tolerance:
+            return None
+        axes = np.argsort(order)
+        return VoxelBlock(
+            start=tuple(np.minimum(first, last).tolist()),
+            stop=tuple((np.maximum(first, last) + 1).tolist()),
+            order=tuple(axes.tolist()),
+            signs=tuple(signs[axes].tolist()),
+        )
+
     def _directions(self) -> np.ndarray:
         return self.affine[:3, :3] / np.array(self.spacing_mm)
+
+
+@dataclass(frozen=True)
+class VoxelBlock:
+    """A block of a larger grid.
+
+    Attributes:
+        start, stop: along the axes of the grid; they may lie outside it.
+        order: for each axis of the grid the axis of the block.
+        signs: for each axis of the grid 1 or -1, whether the block counts the same way.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    order: tuple[int, ...]
+    signs: tuple[int, ...]
+
+    def fits(self, shape: tuple[int, int, int]) -> bool:
+        """Whether all of it lies in a grid of this shape."""
+        return min(self.start) >= 0 and all(stop <= size for stop, size in zip(self.stop, shape, strict=True))
+
+    def laid_in(self, shape: tuple[int, int, int], voxels: np.ndarray) -> np.ndarray:
+        """Lay the block's voxels into a grid of zeros."""
+        filled = np.zeros(shape, voxels.dtype)
+        place = tuple(slice(start, stop) for start, stop in zip(self.start, self.stop, strict=True))
+        turned = tuple(slice(None, None, sign) for sign in self.signs)
+        filled[place] = voxels.transpose(self.order)[turned]
+        return filled
 
 
 def geometry_from_lps(

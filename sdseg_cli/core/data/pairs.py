@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, find_series
 from sdseg_cli.core.data.images import list_images, natural_key
 from sdseg_cli.core.data.preparation import Problem, RawCase
 from sdseg_cli.core.data.volume_files import volume_suffix
@@ -39,7 +40,9 @@ def pair_folders(
     """Pair the images (or volumes) of one folder with the masks of another, subfolders included.
 
     ``a.jpg`` belongs to ``a.png``, ``b.nii.gz`` to ``b.nrrd``; where several files share a stem, the whole
-    name decides. Accents are compared by what they mean, not by how the file system spells them.
+    name decides. A DICOM series is named as ``sdseg predict`` names it, ``folder/description``, or like its
+    folder where that holds no other. Accents are compared by what they mean, not by how the file system
+    spells them.
 
     Args:
         images: folder of images.
@@ -51,16 +54,20 @@ def pair_folders(
     Raises:
         DataError: a folder is missing or holds no image.
     """
-    image_files, mask_files = _list_files(images), _list_files(masks)
+    image_files = _list_files(images)
+    mask_files = _in_order([*_list_files(masks), *_dicom_files(masks)], masks)
+    series, strays = _find_series(images, masks, mask_files, mask_suffix)
+    image_files = _in_order([*image_files, *series], images)
     for folder, files, what in ((images, image_files, "images"), (masks, mask_files, "masks")):
         if not files:
             raise DataError(
                 f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files, or volumes (NIfTI, "
-                "NRRD, MetaImage). Check the path."
+                "NRRD, MetaImage, DICOM). Check the path."
             )
-    image_stems = _by_stem(image_files, images, "")
+    image_stems = _by_stem(image_files, images, "", whole=series)
     mask_stems = _by_stem(mask_files, masks, mask_suffix)
-    cases, problems = [], []
+    cases: list[RawCase] = []
+    problems = [Problem(_flat(_name(path, images)), reason) for path, reason in strays]
     for stem, files in image_stems.items():
         mates = mask_stems.pop(stem, [])
         if not mates:
@@ -85,6 +92,7 @@ def pair_folders(
     ]
     if not cases:
         raise DataError(_nothing_fits(images, masks, image_stems, mask_files))
+    cases = [replace(case, series=series.get(case.image_path or images)) for case in cases]
     cases.sort(key=lambda case: natural_key(case.case_id))
     counts = Counter(case.case_id for case in cases)
     problems += [
@@ -120,10 +128,40 @@ def group_by_pattern(pattern: str) -> Callable[[str], str]:
     return group_of
 
 
-def _by_stem(files: Sequence[Path], folder: Path, suffix: str) -> dict[str, list[Path]]:
+def _find_series(
+    images: Path, masks: Path, mask_files: Sequence[Path], mask_suffix: str
+) -> tuple[dict[Path, DicomSeries], list[tuple[Path, str]]]:
+    """The DICOM series below a folder by the path they are named after, and the files that belong to none."""
+    stems = _by_stem(mask_files, masks, mask_suffix)
+    found: dict[Path, DicomSeries] = {}
+    strays: list[tuple[Path, str]] = []
+    for folder in (images, *(path for path in images.rglob("*") if path.is_dir())):
+        if any(part.startswith(".") for part in folder.relative_to(images).parts):
+            continue
+        inside = find_series([path for path in folder.iterdir() if path.is_file()])
+        strays += inside.strays
+        for one in inside.series:
+            path = folder / one.name
+            is_alone = len(inside.series) == 1 and folder != images
+            if is_alone and _normal(_name(path, images)) not in stems:
+                path = folder
+            found[path] = one
+    return found, strays
+
+
+def _dicom_files(folder: Path) -> list[Path]:
+    """What may be DICOM-SEG, by the suffix."""
+    return [path for path in folder.rglob("*") if path.suffix.lower() in DICOM_SUFFIXES and path.is_file()]
+
+
+def _by_stem(
+    files: Sequence[Path], folder: Path, suffix: str, whole: Collection[Path] = ()
+) -> dict[str, list[Path]]:
+    """Files by name without suffix; those of ``whole`` have none."""
     stems: dict[str, list[Path]] = {}
     for file in files:
-        stem = _normal(_without_suffix(_name(file, folder)))
+        name = _name(file, folder)
+        stem = _normal(name if file in whole else _without_suffix(name))
         if suffix and not stem.endswith(suffix):
             continue
         stems.setdefault(stem.removesuffix(suffix), []).append(file)
@@ -182,7 +220,10 @@ def _list_files(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
-    files = [*list_images(folder, recursive=True), *volumes]
+    return _in_order([*list_images(folder, recursive=True), *volumes], folder)
+
+
+def _in_order(files: Sequence[Path], folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: natural_key(_name(file, folder)))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdseg_cli import __version__
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries
 from sdseg_cli.core.data.images import encode_png, read_image, read_label_map, read_orientation
 from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest, decode_png
 from sdseg_cli.core.data.slicing import Axis
@@ -76,6 +77,7 @@ class RawCase:
             picklable (a module-level function or a partial of one), since other processes call it.
         reader: reads the two files where they are not simply an image and its label map. Picklable too.
         channel_paths: with a volume: files of its second and third channel.
+        series: the DICOM series that the image is; ``image_path`` is then only its name.
         image_name: name of the image in ``dataset.json``, independent of where it was unpacked.
         label_name: likewise of the label map.
     """
@@ -87,13 +89,15 @@ class RawCase:
     arrays: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     reader: Callable[[Path, Path], tuple[RawSlice, tuple[str, ...]]] | None = None
     channel_paths: tuple[Path, ...] = ()
+    series: DicomSeries | None = None
     image_name: str = ""
     label_name: str = ""
 
     @property
     def is_volume(self) -> bool:
-        """Whether the image is a volume by its name."""
-        return self.image_path is not None and volume_suffix(self.image_path) is not None
+        """Whether the image is a volume: a DICOM series, or a file by its name."""
+        named = self.image_path is not None and volume_suffix(self.image_path) is not None
+        return named or self.series is not None
 
 
 @dataclass(frozen=True)
@@ -346,15 +350,17 @@ def _read_case(case: RawCase, geometry: Geometry) -> tuple[Iterable[RawSlice], t
     if case.reader is not None:
         single, notes = case.reader(case.image_path, case.label_path)
         return [single], notes
-    is_volume = [volume_suffix(path) is not None for path in (case.image_path, case.label_path)]
-    if any(is_volume):
-        if not all(is_volume):
+    label_suffix = case.label_path.suffix.lower()
+    is_label_volume = volume_suffix(case.label_path) is not None or label_suffix in DICOM_SUFFIXES
+    if case.is_volume or is_label_volume:
+        if not (case.is_volume and is_label_volume):
             raise DataError(
                 f"{case.image_path.name} and {case.label_path.name}: a volume and a picture cannot be a pair."
             )
         from sdseg_cli.core.data.volume_pairs import read_volume_pair
 
-        return read_volume_pair((case.image_path, *case.channel_paths), case.label_path, geometry)
+        images = (case.series or case.image_path, *case.channel_paths)
+        return read_volume_pair(images, case.label_path, geometry)
     image, label_map, notes = _read_pair(case.image_path, case.label_path, geometry)
     return [RawSlice(image, label_map)], notes
 
@@ -402,11 +408,18 @@ def _check_arrays(image: np.ndarray, label_map: np.ndarray, num_classes: int) ->
 def _source_hashes(case: RawCase) -> dict[str, str]:
     if case.image_path is None or case.label_path is None:
         return {}
+    image_sum = sha256_of(case.image_path) if case.series is None else _sum_of_series(case.series)
     return {
-        case.image_name or case.image_path.name: sha256_of(case.image_path),
+        case.image_name or case.image_path.name: image_sum,
         **{path.name: sha256_of(path) for path in case.channel_paths},
         case.label_name or case.label_path.name: sha256_of(case.label_path),
     }
+
+
+def _sum_of_series(series: DicomSeries) -> str:
+    """The SHA-256 of the names and the sums of its files."""
+    sums = {path.name: sha256_of(path) for path in series.files}
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
 # ---- parallel, in order, bounded ------------------------------------------------------------------------

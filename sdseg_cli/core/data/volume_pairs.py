@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, read_series
 from sdseg_cli.core.data.preparation import Geometry, RawSlice
 from sdseg_cli.core.data.slicing import SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_label_volume, read_volume
@@ -14,13 +15,13 @@ from sdseg_cli.core.errors import DataError
 
 
 def read_volume_pair(
-    image_paths: Sequence[Path], label_path: Path, geometry: Geometry
+    images: Sequence[Path | DicomSeries], label_path: Path, geometry: Geometry
 ) -> tuple[Iterator[RawSlice], tuple[str, ...]]:
     """Read a scan and its labels.
 
     Args:
-        image_paths: one file, or three that become red, green and blue.
-        label_path: the label volume.
+        images: one file or DICOM series, or three files that become red, green and blue.
+        label_path: the label volume; of a series also a DICOM-SEG whose segments are the classes.
         geometry: window, axis, meaning of the labels.
 
     Returns:
@@ -31,13 +32,13 @@ def read_volume_pair(
     """
     channels: list[np.ndarray] = []
     notes: list[str] = []
-    volumes = [read_volume(path, nan_fill=geometry.nan_fill) for path in image_paths]
-    labels = _labels(label_path, geometry)
-    for path, other in [*zip(image_paths[1:], volumes[1:], strict=True), (label_path, labels)]:
+    volumes = [_scan(image, geometry.nan_fill) for image in images]
+    labels = _labels(label_path, geometry, images[0], volumes[0])
+    for path, other in [*((volume.path, volume) for volume in volumes[1:]), (label_path, labels)]:
         differences = volumes[0].geometry.differences(other.geometry)
         if differences:
             raise DataError(
-                f"{path.name} does not lie on {image_paths[0].name}: {' '.join(differences)} Fetch the pair "
+                f"{path.name} does not lie on {volumes[0].path.name}: {' '.join(differences)} Fetch the pair "
                 "again, or leave the case out."
             )
     for volume in volumes:
@@ -65,12 +66,35 @@ def _slices(stack: SliceStack, channels: Sequence[np.ndarray], label_map: np.nda
         yield RawSlice(image, np.ascontiguousarray(labels[index]), stack.spacing_mm)
 
 
-def _labels(path: Path, geometry: Geometry) -> Volume:
+def _scan(image: Path | DicomSeries, nan_fill: float | None) -> Volume:
+    if isinstance(image, DicomSeries):
+        return read_series(image, nan_fill=nan_fill)
+    return read_volume(image, nan_fill=nan_fill)
+
+
+def _labels(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: Volume) -> Volume:
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return _segments(path, geometry, image, scan)
     if geometry.threshold is None:
         return read_label_volume(path, num_classes=geometry.num_classes, label_values=geometry.label_values)
     volume = read_volume(path)
     foreground = (volume.voxels > geometry.threshold).astype(np.uint8)
     return Volume(foreground, volume.geometry, volume.file_format, path, volume.notes)
+
+
+def _segments(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: Volume) -> Volume:
+    """The labels of a DICOM-SEG: its segments by number."""
+    from sdseg_cli.core.data.dicom_seg import read_dicom_seg
+
+    if not isinstance(image, DicomSeries):
+        raise DataError(f"{path.name} is DICOM, its image {scan.path.name} is none. Convert one of the two.")
+    labels = read_dicom_seg(path, image)
+    if int(labels.max(initial=0)) >= geometry.num_classes:
+        raise DataError(
+            f"{path.name}: segment {labels.max()} found, expected 1 to {geometry.num_classes - 1}. Name a "
+            "class for every segment with --classes."
+        )
+    return Volume(labels, scan.geometry, "dicom", path, ())
 
 
 def _without_specks(label_map: np.ndarray, least: int) -> tuple[np.ndarray, int]:

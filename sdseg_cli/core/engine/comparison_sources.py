@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdseg_cli.core.data.images import read_label_map
-from sdseg_cli.core.data.volumes import is_volume
 from sdseg_cli.core.engine.comparison import Costs, ScoredRun
 from sdseg_cli.core.engine.evaluation import (
     METRICS,
@@ -28,6 +27,7 @@ from sdseg_cli.core.engine.evaluation import (
 )
 from sdseg_cli.core.engine.evaluation_page import SelectedCases
 from sdseg_cli.core.engine.report_parts import evenly
+from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 from sdseg_cli.core.errors import DataError, ModelError
 from sdseg_cli.core.metrics.overlap import Convention
 from sdseg_cli.core.metrics.similarity import PerceptualDistance, find_perceptual_trunk
@@ -218,7 +218,7 @@ def score_masks(
     view = dataset.split(split)
     case_ids = view.case_ids
     masks = masks_by_name(folder, "predictions")
-    if len(set(case_ids)) < len(case_ids) or any(is_volume(path) for path in masks.values()):
+    if len(set(case_ids)) < len(case_ids) or any(is_label_volume(path) for path in masks.values()):
         raise DataError(
             f"{folder}: {dataset.root} holds volumes in slices, or the masks are volumes. Score them first, "
             f"against the true volumes: sdseg evaluate --predictions {folder} --ground-truth TRUTH --out "

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
+from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volume_files import volume_suffix
-from sdseg_cli.core.data.volumes import is_volume
 from sdseg_cli.core.engine.postprocessing import keep_largest_components, keep_largest_in_stack
 from sdseg_cli.core.engine.report_parts import BEST, MIDDLE, MOST_VIEWS, WORST, evenly
+from sdseg_cli.core.engine.volume_evaluation import is_label_volume, read_volume_pair
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.calibration import count_reliability
@@ -426,7 +428,7 @@ def _stack(pictures: Sequence[CasePicture], worst: CasePicture) -> tuple[CasePic
     """Slices that hold anything, evenly chosen if they are many, and the worst one in any case."""
     filled = [picture for picture in pictures if picture.ground_truth.any() or picture.prediction.any()]
     chosen = [filled[position] for position in evenly(len(filled), MOST_VIEWS - 1)]
-    if not any(picture is worst for picture in chosen):
+    if not any(picture.slice_index == worst.slice_index for picture in chosen):
         chosen.append(worst)
     return tuple(sorted(chosen, key=lambda picture: picture.slice_index))
 
@@ -487,7 +489,7 @@ def masks_by_name(folder: Path, what: str) -> dict[str, Path]:
         DataError: there is none; ``what`` says what they were to be.
     """
     files = list_images(folder)
-    files += [path for path in folder.iterdir() if is_volume(path) and path.is_file()]
+    files += [path for path in folder.iterdir() if is_label_volume(path) and path.is_file()]
     files = sorted(files, key=lambda path: natural_key(path.name))
     if not files:
         raise DataError(
@@ -528,15 +530,13 @@ def evaluate_folders(
     mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
     for case_id, prediction_path, truth_path in mine:
         try:
-            if is_volume(truth_path):
-                from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
-
+            if is_label_volume(truth_path):
                 pair = read_volume_pair(case_id, prediction_path, truth_path, len(classes), resample=resample)
-                prediction, truth, spacing = pair.prediction, pair.ground_truth, pair.spacing_mm
+                prediction, truth, geometry = pair.prediction, pair.ground_truth, pair.geometry
             else:
                 prediction, truth = _read_pair(case_id, prediction_path, truth_path, len(classes))
-                spacing = None
-            yield _score_pair(case_id, prediction, truth, spacing, classes, convention, nsd_tolerance)
+                geometry = None
+            yield _score_pair(case_id, prediction, truth, geometry, classes, convention, nsd_tolerance)
         except SdsegError as error:
             yield FailedCase(case_id, str(error))
 
@@ -561,33 +561,50 @@ def _score_pair(
     case_id: str,
     prediction: np.ndarray,
     truth: np.ndarray,
-    spacing: tuple[float, float, float] | None,
+    geometry: VolumeGeometry | None,
     classes: Sequence[str],
     convention: Convention,
     nsd_tolerance: float,
 ) -> CaseScores:
-    shown, worst = (prediction, truth), 0
-    if truth.ndim == 3:  # the slice with the most errors stands for the volume
-        worst = int((prediction != truth).sum(axis=(0, 1)).argmax())
-        shown = prediction[:, :, worst], truth[:, :, worst]
-    height, width = shown[1].shape
-    small = Grid(height, width, PICTURE_SIZE, "pad")
-    blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
-    picture = CasePicture(
-        blank,
-        small.labels_to_model(shown[1]),
-        small.labels_to_model(shown[0]),
-        slice_index=worst,
-        has_image=False,
-    )
+    """Score two label maps, or two volumes that lie as ``geometry`` says."""
+    spacing = None if geometry is None else geometry.spacing_mm
+    worst, pictures = _pictures_of_pair(prediction, truth, geometry)
     part = _SliceScores(
         count_classes(prediction, truth, len(classes)),
         _surfaces(prediction, truth, len(classes), spacing, nsd_tolerance),
         has_spacing=spacing is not None,
-        picture=picture,
+        picture=worst,
     )
     scores = _score_case(case_id, case_id, [part], classes, convention)
-    return replace(scores, slices=truth.shape[2]) if truth.ndim == 3 else scores
+    count = 1 if geometry is None else SliceStack(geometry, "axial").count
+    return replace(scores, slices=count, stack=_stack(pictures, worst))
+
+
+def _pictures_of_pair(
+    prediction: np.ndarray, truth: np.ndarray, geometry: VolumeGeometry | None
+) -> tuple[CasePicture, list[CasePicture]]:
+    """The slice with the most errors, and those that may be shown; volumes axially, as viewers show them."""
+    pixel_mm: tuple[float, float] | None = None
+    planes = prediction[None], truth[None]
+    if geometry is not None:
+        stack = SliceStack(geometry, "axial")
+        planes = stack.cut(prediction), stack.cut(truth)
+        _, row_mm, column_mm = stack.spacing_mm
+        pixel_mm = row_mm, column_mm
+    height, width = planes[0].shape[1:]
+    small = Grid(height, width, PICTURE_SIZE, "pad")
+    blank = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 96, np.uint8)
+
+    def picture(index: int) -> CasePicture:
+        shown, true = (small.labels_to_model(np.ascontiguousarray(plane[index])) for plane in planes)
+        return CasePicture(
+            blank, true, shown, slice_index=index, grid=small, pixel_mm=pixel_mm, has_image=False
+        )
+
+    errors = [int(np.count_nonzero(one != other)) for one, other in zip(*planes, strict=True)]
+    filled = [index for index, pair in enumerate(zip(*planes, strict=True)) if pair[0].any() or pair[1].any()]
+    chosen = [filled[position] for position in evenly(len(filled), MOST_VIEWS - 1)]
+    return picture(int(np.argmax(errors))), [picture(index) for index in chosen]
 
 
 # ---- collecting and summing up --------------------------------------------------------------------------

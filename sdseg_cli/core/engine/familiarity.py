@@ -43,6 +43,7 @@ class Look:
         channels: mean of each channel, in [0, 255].
         pixel_mm: millimetres between its original pixels, the geometric mean of both directions; None where
             that is not known.
+        is_slice: whether it is one of the slices of a volume.
     """
 
     mean: float
@@ -50,6 +51,7 @@ class Look:
     side_px: int
     channels: tuple[float, float, float] = (0.0, 0.0, 0.0)
     pixel_mm: float | None = None
+    is_slice: bool = False
 
     @property
     def tint(self) -> np.ndarray:
@@ -63,7 +65,8 @@ def look_at(image: np.ndarray, grid: Grid, spacing_mm: Sequence[float] | None = 
     Args:
         image: uint8, (S, S, 3), range [0, 255], on the model's grid.
         grid: its way there; a border that it added is left out.
-        spacing_mm: mm between its original pixels; the last two are (rows, columns). None if unknown.
+        spacing_mm: mm between its original pixels (rows, columns), or those of a volume (slices, rows,
+            columns). None if unknown.
     """
     top, left, height, width = grid.content
     inside = image[top : top + height, left : left + width].astype(np.float32)
@@ -71,7 +74,8 @@ def look_at(image: np.ndarray, grid: Grid, spacing_mm: Sequence[float] | None = 
     red, green, blue = (float(value) for value in inside.mean(axis=(0, 1)))
     pixel_mm = None if spacing_mm is None else math.sqrt(spacing_mm[-2] * spacing_mm[-1])
     side = max(grid.height, grid.width)
-    return Look(float(inside.mean()), spread > GREY_LEVELS, side, (red, green, blue), pixel_mm)
+    is_slice = spacing_mm is not None and len(spacing_mm) == 3
+    return Look(float(inside.mean()), spread > GREY_LEVELS, side, (red, green, blue), pixel_mm, is_slice)
 
 
 def observed(inputs: Iterable[SliceInput], looks: list[Look] | None) -> Iterator[SliceInput]:
@@ -125,38 +129,37 @@ def unfamiliar(trained_on: Mapping[str, Any], looks: Sequence[Look]) -> list[str
     Returns:
         Sentences; none where less than a tenth of the images is strange.
     """
-    total = len(looks)
     mean, side = float(trained_on["mean"]), float(trained_on["side_px"])
     room = max(SPREADS * float(trained_on["std"]), LEAST_LEVELS)
     found = []
 
     def is_many(strange: Sequence[Look]) -> bool:
-        return bool(strange) and len(strange) >= LEAST_SHARE * total
+        return bool(strange) and len(strange) >= LEAST_SHARE * len(looks)
 
     for is_colour, share in ((False, trained_on["colour"]), (True, 1 - trained_on["colour"])):
         strange = [look for look in looks if look.is_colour == is_colour]
         if share >= ONE_KIND and is_many(strange):
             kinds = ("in colour", "grey") if is_colour else ("grey", "in colour")
-            found.append(f"{_count(strange, total)} {kinds[0]}; the model was trained on images {kinds[1]}.")
+            found.append(f"{_count(strange, looks)} {kinds[0]}; the model was trained on images {kinds[1]}.")
     strange = [look for look in looks if abs(look.mean - mean) > room]
     if is_many(strange):
         typical = float(np.median([look.mean for look in strange]))
         found.append(
-            f"{_count(strange, total)} darker or brighter than what the model was trained on: mean intensity "
+            f"{_count(strange, looks)} darker or brighter than what the model was trained on: mean intensity "
             f"{typical:.0f}, in training {mean:.0f} +- {trained_on['std']:.0f} (of 255)."
         )
     strange = [look for look in looks if abs(math.log(look.side_px / side)) > math.log(SIZE_FACTOR)]
     if is_many(strange):
         typical = float(np.median([look.side_px for look in strange]))
         found.append(
-            f"{_count(strange, total)} of another size than what the model was trained on: longer side "
+            f"{_count(strange, looks)} of another size than what the model was trained on: longer side "
             f"{typical:.0f} pixels, in training {side:.0f}."
         )
     strange = [look for look in looks if look.is_colour and _is_tinted(trained_on, look)]
     if is_many(strange):
         typical_rgb = np.median([look.channels for look in strange], axis=0)
         found.append(
-            f"{_count(strange, total)} of another tint than what the model was trained on: red, green and "
+            f"{_count(strange, looks)} of another tint than what the model was trained on: red, green and "
             f"blue {_levels(typical_rgb)}, in training {_levels(trained_on['channels'])} (of 255)."
         )
     usual = trained_on.get("pixel_mm")
@@ -164,7 +167,7 @@ def unfamiliar(trained_on: Mapping[str, Any], looks: Sequence[Look]) -> list[str
     if is_many(strange):
         millimetres = float(np.median([look.pixel_mm or math.nan for look in strange]))
         found.append(
-            f"{_count(strange, total)} of another spacing than what the model was trained on: "
+            f"{_count(strange, looks)} of another spacing than what the model was trained on: "
             f"{millimetres:.2f} mm between pixels, in training {float(usual or 0):.2f} mm."
         )
     return found
@@ -188,5 +191,7 @@ def _levels(channels: Sequence[float] | np.ndarray) -> str:
     return f"{red}, {green} and {blue}"
 
 
-def _count(strange: Sequence[Look], total: int) -> str:
-    return f"{len(strange)} of {total} image{'s' * (total != 1)} {'is' if len(strange) == 1 else 'are'}"
+def _count(strange: Sequence[Look], looks: Sequence[Look]) -> str:
+    word = "slice" if all(look.is_slice for look in looks) else "image"
+    verb = "is" if len(strange) == 1 else "are"
+    return f"{len(strange)} of {len(looks)} {word}{'s' * (len(looks) != 1)} {verb}"

@@ -75,7 +75,11 @@ def prediction_page(
     return Page(
         title="What was found",
         lead=f"{_count(there)} segmented into {', '.join(classes[1:])}"
-        + (f"; {failed} could not be read and are in the table." if failed else "."),
+        + (
+            f"; {failed} could not be read and {'is' if failed == 1 else 'are'} in the table."
+            if failed
+            else "."
+        ),
         figures=_figures(there, classes, doubts, failed),
         gallery=_gallery(shown, doubts, by_doubt=has_draws),
         gallery_title=f"{_noun(there).capitalize()} to look at",
@@ -182,8 +186,7 @@ def _shown_cases(
 def _gallery(
     shown: Sequence[Shown], doubts: Mapping[str, float], *, by_doubt: bool
 ) -> tuple[GalleryCase, ...]:
-    spreads = [each.uncertainty for _, _, case in shown for each in case.slices]
-    brightest = max([LEAST_BRIGHTEST, *(float(spread.max()) for spread in spreads if spread is not None)])
+    brightest = _brightest([case for _, _, case in shown])
     return tuple(
         GalleryCase(
             task.case_id,
@@ -196,17 +199,23 @@ def _gallery(
     )
 
 
+def _brightest(shown: Sequence[ShownCase]) -> float:
+    """The uncertainty of the brightest colour: the largest that is shown."""
+    spreads = [each.uncertainty for case in shown for each in case.slices]
+    return max([LEAST_BRIGHTEST, *(float(spread.max()) for spread in spreads if spread is not None)])
+
+
 def _gallery_note(noun: str, shown: Sequence[ShownCase], *, by_doubt: bool) -> str:
     if by_doubt and len(shown) < WORST + MIDDLE + BEST:
         text = (
             f"The {noun} whose draws agree least come first. Uncertainty is the standard deviation of the "
-            "probability between draws, dark is 0."
+            f"probability between draws: dark is 0, the brightest colour {_brightest(shown):.2f}."
         )
     elif by_doubt:
         text = (
             f"The {WORST} most doubtful {noun}, {MIDDLE} around the median and the {BEST} surest, by how far "
-            "the draws agree. Uncertainty is the standard deviation of the probability between draws, dark "
-            "is 0."
+            "the draws agree. Uncertainty is the standard deviation of the probability between draws: dark "
+            f"is 0, the brightest colour {_brightest(shown):.2f}."
         )
     else:
         text = (

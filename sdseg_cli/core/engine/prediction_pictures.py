@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from sdseg_cli.core.data.images import make_upright, read_image, read_label_map, read_orientation
-from sdseg_cli.core.data.slicing import SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import read_label_volume, read_volume
 from sdseg_cli.core.engine.prediction import PredictionTask
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS, evenly, slice_view
-from sdseg_cli.core.engine.volume_prediction import VolumeSettings, read_scan
+from sdseg_cli.core.engine.scans import ScanSlices, read_scan
+from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 from sdseg_cli.core.errors import SdsegError
 from sdseg_cli.core.reporting.page import SliceView
 
@@ -88,13 +88,13 @@ def _of_image(task: PredictionTask, num_classes: int) -> ShownCase | None:
 
 def _of_volume(task: PredictionTask, num_classes: int, settings: VolumeSettings) -> ShownCase | None:
     labels = _volume_labels(task, num_classes)
-    scan, _ = read_scan(task, settings.nan_fill)
-    if labels.shape != scan.geometry.shape:
+    scan = read_scan(task, settings.nan_fill)
+    if labels.shape != scan.volume.geometry.shape:
         return None
-    low, high = settings.window or own_window(scan.voxels)
-    stack = SliceStack(scan.geometry, settings.axis or "axial")
+    slices = ScanSlices(scan, settings.axis or "axial", settings.window)
+    stack = slices.stack
     spread = _volume_spread(task, labels.shape)
-    slices, label_maps = stack.cut(scan.voxels), stack.cut(labels)
+    label_maps = stack.cut(labels)
     spreads = None if spread is None else stack.cut(spread)
     positions, first = _chosen(label_maps)
     _, row_mm, column_mm = stack.spacing_mm
@@ -102,7 +102,7 @@ def _of_volume(task: PredictionTask, num_classes: int, settings: VolumeSettings)
         tuple(
             ShownSlice(
                 f"slice {position}",
-                np.repeat(_reduced(apply_window(slices[position], (low, high)))[..., None], 3, axis=2),
+                _reduced(slices[position]).copy(),
                 _reduced(label_maps[position]).copy(),  # a view would keep the whole volume in memory
                 None if spreads is None else _reduced(spreads[position]).copy(),
                 (row_mm, column_mm),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MaskFormat = Literal["same", "nifti", "nrrd", "mha", "dicom-seg"]
 OVERLAYS, PROBABILITIES, UNCERTAINTY = "overlays", "probabilities", "uncertainty"
+_CHANNEL = re.compile(r"(?P<case>.+)_[0-9]{4}", re.DOTALL)  # as nnU-Net names the files of a case
 LONGEST_NAME = 255  # bytes of one path component on every common file system
 _MASK_SUFFIXES: dict[str, str] = {"nifti": ".nii.gz", "nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}
 # A header apart from its voxels could be written by half, so such files give masks in one piece.
@@ -40,7 +41,8 @@ class PredictionTask:
     ``case_id`` is the path inside the given folder without its suffix (with it where two files differ in
     nothing else); a DICOM series is named by its description. It names the outputs and, with the seed,
     decides the noise. ``probabilities`` has no suffix yet: the number of classes decides between .png and
-    .npz for an image; those of a volume are NIfTI. ``path`` of a DICOM series is its folder.
+    .npz for an image; those of a volume are NIfTI. ``path`` of a DICOM series is its folder. ``channels`` are
+    the files of red, green and blue where the model was trained on such; ``path`` is then one that is there.
     """
 
     case_id: str
@@ -52,6 +54,7 @@ class PredictionTask:
     uncertainty: Path | None = None
     is_volume: bool = False
     series: DicomSeries | None = None
+    channels: tuple[Path, ...] = ()
 
     @property
     def probability_files(self) -> list[Path]:
@@ -84,6 +87,7 @@ class _Found:
     bare: Path
     is_volume: bool = False
     series: DicomSeries | None = None
+    channels: tuple[Path, ...] = ()
 
 
 def _ignore_stray(path: Path, reason: str) -> None:
@@ -99,6 +103,7 @@ def plan_predictions(
     probabilities: bool = False,
     uncertainty: bool = False,
     mask_format: MaskFormat = "same",
+    channels: Sequence[int] = (),
     on_stray: Callable[[Path, str], None] = _ignore_stray,
 ) -> list[PredictionTask]:
     """Find the images, volumes and DICOM series and give every output a name of its own.
@@ -109,16 +114,20 @@ def plan_predictions(
         recursive: also look into subfolders of the folders; they are kept in ``out``.
         overlays, probabilities, uncertainty: which further files are wanted.
         mask_format: of the masks of volumes; ``same`` is NIfTI for DICOM. Masks of images are PNG always.
+        channels: numbers of the channels that the model takes as red, green and blue; where they differ,
+            volumes are found as nnU-Net names them, CASE_0000.nii.gz, CASE_0001.nii.gz, ..., and joined.
         on_stray: is told of files beside DICOM series that belong to none, with the reason.
 
     Returns:
         One task an image, volume or series, sorted by folder as given and name.
 
     Raises:
-        UsageError: a path does not exist, nothing to predict is found, or an output would fall onto an
-            input or onto another output.
+        UsageError: a path does not exist, nothing to predict is found, volumes are no channels where such are
+            needed, or an output would fall onto an input or onto another output.
     """
     found = [one for scan in scans for one in _find(scan, out, recursive, on_stray)]
+    if len(set(channels)) > 1:
+        found = _joined_channels(found, channels)
     relatives = [one.relative for one in found]
     twice = [str(relative) for relative, count in Counter(relatives).items() if count > 1]
     if twice:
@@ -149,6 +158,7 @@ def plan_predictions(
                 uncertainty=out / UNCERTAINTY / numbers if uncertainty else None,
                 is_volume=one.is_volume,
                 series=one.series,
+                channels=one.channels,
             )
         )
     _refuse_collisions(tasks)
@@ -207,7 +217,7 @@ def remove_outputs(tasks: Iterable[PredictionTask]) -> list[Path]:
     would count as done when it goes on.
     """
     tasks = list(tasks)
-    inputs = {task.path.resolve() for task in tasks}
+    inputs = {path.resolve() for task in tasks for path in (task.path, *task.channels)}
     removed = []
     for task in tasks:
         for path in {*task.outputs, *_masks_of_other_formats(task)}:
@@ -316,6 +326,32 @@ def _series_of(files: Sequence[Path], on_stray: Callable[[Path, str], None]) -> 
     ]
 
 
+def _joined_channels(found: Sequence[_Found], channels: Sequence[int]) -> list[_Found]:
+    """Join the volumes of a case to one, by name; a channel that is missing fails when the case is read."""
+    joined: list[_Found] = []
+    others: list[_Found] = []
+    cases: set[tuple[Path, str]] = set()
+    for one in found:
+        match = _CHANNEL.fullmatch(one.bare.name) if one.series is None else None
+        if not one.is_volume or match is None:
+            (others if one.is_volume else joined).append(one)
+            continue
+        suffix = one.path.name[len(one.bare.name) :]
+        case = one.path.with_name(match["case"])
+        if (case, suffix) not in cases:
+            cases.add((case, suffix))
+            files = tuple(case.with_name(f"{case.name}_{number:04d}{suffix}") for number in channels)
+            joined.append(replace(one, bare=one.bare.with_name(case.name), channels=files))
+    if others:
+        names = ", ".join(f"CASE_{number:04d}" for number in sorted(set(channels)))
+        raise UsageError(
+            f"the model was trained on the channels {', '.join(map(str, channels))} of every case, and "
+            f"{len(others)} of the volumes are not named as such (first: {readable(others[0].relative)}). "
+            f"Expected files named {names} (and .nii.gz, .nii, .nrrd, .mha) in one folder."
+        )
+    return joined
+
+
 def _masks_of_other_formats(task: PredictionTask) -> list[Path]:
     """Where the mask of a volume would lie in the other formats that it can be asked for in."""
     if not task.is_volume:
@@ -392,7 +428,7 @@ def _refuse_collisions(tasks: Sequence[PredictionTask]) -> None:
 
 
 def _inputs_of(task: PredictionTask) -> tuple[Path, ...]:
-    return (task.path,) if task.series is None else task.series.files
+    return (task.path, *task.channels) if task.series is None else task.series.files
 
 
 class _Resolver:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -121,10 +123,21 @@ def facts(content: Mapping[str, Any], names: Mapping[str, str]) -> tuple[tuple[s
         names: keys of it, with the label each is shown under.
 
     Returns:
-        (label, text); what is absent or empty is left out, a mapping becomes ``a 1, b 2``.
+        (label, text); what is absent or empty is left out, a mapping becomes ``a 1, b 2``, ``command``
+        what was typed.
     """
-    found = ((label, _text(content.get(key))) for key, label in names.items())
+    told = {**content, "command": command_line(content.get("command") or ())}
+    found = ((label, _text(told.get(key))) for key, label in names.items())
     return tuple((label, text) for label, text in found if text)
+
+
+def command_line(command: Sequence[str]) -> str:
+    """A recorded ``sys.argv`` as it would be typed; "" for none."""
+    if not command:
+        return ""
+    program, *arguments = command
+    is_module = Path(program).name in ("__main__.py", "sdseg")  # as under accelerate launch
+    return shlex.join(["sdseg" if is_module else program, *arguments])
 
 
 def _text(value: Any) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
+from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
+from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.volume_files import itk_image, itk_voxels
 from sdseg_cli.core.data.volumes import Volume, is_volume, read_label_volume
 from sdseg_cli.core.errors import DataError
@@ -14,17 +17,17 @@ from sdseg_cli.core.errors import DataError
 
 @dataclass(frozen=True)
 class VolumePair:
-    """Two label volumes on one grid: uint8 (I, J, K), and the mm between voxels along each axis."""
+    """Two label volumes on one grid, uint8 (I, J, K), and where it lies."""
 
     prediction: np.ndarray
     ground_truth: np.ndarray
-    spacing_mm: tuple[float, float, float]
+    geometry: VolumeGeometry
 
 
 def read_volume_pair(
     case_id: str, prediction: Path | None, ground_truth: Path, num_classes: int, *, resample: bool = False
 ) -> VolumePair:
-    """Read a prediction and its truth.
+    """Read a prediction and its truth; either may be a DICOM-SEG.
 
     Args:
         case_id: for messages.
@@ -36,16 +39,15 @@ def read_volume_pair(
     Raises:
         DataError: a file cannot be read, holds values that are no classes, or lies elsewhere.
     """
-    truth = read_label_volume(ground_truth, num_classes=num_classes)
-    spacing = truth.geometry.spacing_mm
+    truth = _read(ground_truth, num_classes)
     if prediction is None:
-        return VolumePair(np.zeros_like(truth.voxels), truth.voxels, spacing)
-    if not is_volume(prediction):
+        return VolumePair(np.zeros_like(truth.voxels), truth.voxels, truth.geometry)
+    if not is_label_volume(prediction):
         raise DataError(
             f"case {case_id!r}: the ground truth is a volume ({ground_truth}), the prediction an image "
             f"({prediction}). Predict the volume itself."
         )
-    predicted = read_label_volume(prediction, num_classes=num_classes)
+    predicted, truth = _completed(_read(prediction, num_classes), truth)
     differences = predicted.geometry.differences(truth.geometry)
     if differences and not resample:
         raise DataError(
@@ -55,7 +57,53 @@ def read_volume_pair(
             "bring the prediction onto the grid of the truth by nearest neighbour."
         )
     voxels = _resampled(predicted, truth) if differences else predicted.voxels
-    return VolumePair(voxels, truth.voxels, spacing)
+    return VolumePair(voxels, truth.voxels, truth.geometry)
+
+
+def is_label_volume(path: Path) -> bool:
+    """Whether a file is a label volume by its name; DICOM-SEG is one."""
+    return is_volume(path) or path.suffix.lower() in DICOM_SUFFIXES
+
+
+def _read(path: Path, num_classes: int) -> Volume:
+    if path.suffix.lower() not in DICOM_SUFFIXES:
+        return read_label_volume(path, num_classes=num_classes)
+    volume = read_dicom_seg_alone(path)
+    if int(volume.voxels.max(initial=0)) >= num_classes:
+        raise DataError(
+            f"{path}: segment {volume.voxels.max()} found, expected 1 to {num_classes - 1}. Name a class for "
+            "every segment with --classes."
+        )
+    return volume
+
+
+def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:
+    """Fill up a DICOM-SEG, which lacks the slices that hold nothing, to the grid of the other volume.
+
+    Two of them are brought onto the smallest grid that holds both. Nothing is interpolated: what lies between
+    the voxels of the other, or beyond it, stays as it is.
+    """
+    is_seg = [volume.file_format == "dicom" for volume in (predicted, truth)]
+    if not any(is_seg):
+        return predicted, truth
+    grid = predicted.geometry if not is_seg[0] else truth.geometry
+    if all(is_seg):
+        block = predicted.geometry.inside(grid)
+        if block is None:
+            return predicted, truth
+        low = np.minimum(block.start, 0)
+        shape = np.maximum(block.stop, grid.shape) - low
+        moved = np.eye(4)
+        moved[:3, 3] = low
+        grid = VolumeGeometry((int(shape[0]), int(shape[1]), int(shape[2])), grid.affine @ moved)
+    return _laid_on(predicted, grid), _laid_on(truth, grid)
+
+
+def _laid_on(volume: Volume, grid: VolumeGeometry) -> Volume:
+    block = volume.geometry.inside(grid) if volume.file_format == "dicom" else None
+    if block is None or not block.fits(grid.shape):
+        return volume
+    return replace(volume, voxels=block.laid_in(grid.shape, volume.voxels), geometry=grid)
 
 
 def _resampled(predicted: Volume, truth: Volume) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Prediction of volumes: slices stream through the predictor, the mask comes back in the same geometry.
 
-At most two volumes are in memory at once: the one that is predicted and the one read ahead of it; besides
+At most two scans are in memory at once: the one that is predicted and the one read ahead of it; besides
 them the label volume (one byte a voxel), and float probabilities or uncertainty only where they are asked
 for. The slices on the model's grid are made one by one.
 """
@@ -8,24 +8,18 @@ for. The slices on the model's grid are made one by one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from sdseg_cli.core.data.dicom import read_series
+from sdseg_cli.core.data.dicom_codes import SegmentCode, codes_of
 from sdseg_cli.core.data.images import write_png
-from sdseg_cli.core.data.slicing import AXES, Axis, SliceStack, apply_window, own_window
-from sdseg_cli.core.data.volumes import (
-    Volume,
-    files_of_volume,
-    read_volume,
-    write_label_volume,
-    write_probability_volume,
-)
+from sdseg_cli.core.data.slicing import AXES, Axis
+from sdseg_cli.core.data.volumes import write_label_volume, write_probability_volume
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
 from sdseg_cli.core.engine.prediction import (
     FATAL_WRITE_ERRORS,
@@ -35,9 +29,9 @@ from sdseg_cli.core.engine.prediction import (
     trained_with,
 )
 from sdseg_cli.core.engine.prediction_plan import PredictionTask
+from sdseg_cli.core.engine.scans import Scan, ScanSlices, read_scan
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError
 from sdseg_cli.core.grid import Grid
-from sdseg_cli.core.manifest import sum_of_files
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput
@@ -54,11 +48,13 @@ class VolumeSettings:
         window: values that become black and white.
         axis: anatomical direction that is sliced along.
         nan_fill: value for voxels that are not finite; None refuses them.
+        segment_codes: what classes are called in DICOM, where the user says so.
     """
 
     window: Sequence[float] | None = None
     axis: Axis | None = None
     nan_fill: float | None = None
+    segment_codes: Mapping[str, SegmentCode] = field(default_factory=dict)
 
     def completed(self, predictor: Predictor) -> VolumeSettings:
         """Fill in what the model was trained with.
@@ -67,13 +63,6 @@ class VolumeSettings:
             ModelError: the model states a window or an axis that is none.
         """
         stated = trained_with(predictor)
-        if len(set(stated.get("channels") or ())) > 1:
-            raise ModelError(
-                f"the model was trained on the channels {', '.join(map(str, stated['channels']))} of every "
-                "case, and predict takes one volume a case: it cannot be used on volumes here. Train one on "
-                "a single channel (sdseg prepare nnunet DIR --channels N, then sdseg train), or use this one "
-                "on prepared data with sdseg evaluate --data DATASET."
-            )
         window, axis = self.window, self.axis or stated.get("axis") or "axial"
         if window is None and stated.get("window") is not None:
             try:
@@ -85,7 +74,7 @@ class VolumeSettings:
             window = (low, high)
         if axis not in AXES:
             raise ModelError(f"the model states the axis {axis!r}; expected {', '.join(AXES)}. Give --axis.")
-        return VolumeSettings(window, cast("Axis", axis), self.nan_fill)
+        return replace(self, window=window, axis=cast("Axis", axis))
 
 
 def predict_volumes(
@@ -102,36 +91,43 @@ def predict_volumes(
         Each task with its record, or with the error that made it fail: the others go on.
 
     Raises:
+        ModelError: the model was trained on several channels, and a task has one volume alone.
         SdsegError: whatever stops the predictor itself.
     """
     chosen = (settings or VolumeSettings()).completed(predictor)
+    channels = trained_with(predictor).get("channels") or ()
+    if len(set(channels)) > 1 and not all(task.channels for task in tasks):
+        raise ModelError(
+            f"the model was trained on the channels {', '.join(map(str, channels))} of every case, and there "
+            "are volumes of one channel: plan_predictions finds the channels of a case where it is told."
+        )
     with ThreadPoolExecutor(1, thread_name_prefix="sdseg-read") as pool:
-        ahead: Future[tuple[Volume, str]] | None = None
+        ahead: Future[Scan] | None = None
         try:
             for position, task in enumerate(tasks):
                 current = ahead or pool.submit(read_scan, task, chosen.nan_fill)
-                volume: Volume | None
+                scan: Scan | None
                 try:
-                    volume, digest = current.result()
+                    scan = current.result()
                 except (SdsegError, OSError, MemoryError) as error:
-                    volume, failure = None, error
+                    scan, failure = None, error
                 del current
                 upcoming = tasks[position + 1 : position + 2]
                 ahead = pool.submit(read_scan, upcoming[0], chosen.nan_fill) if upcoming else None
-                if volume is None:
+                if scan is None:
                     yield task, failure
                     continue
                 outcome: CasePrediction | Exception
                 case: _Case | None = None
                 try:
-                    case = _Case(task, volume, chosen, predictor)
+                    case = _Case(task, scan, chosen, predictor)
                     case.predict()
                     outcome = case.write()
                     if isinstance(outcome, CasePrediction):
-                        outcome = replace(outcome, input_sha256=digest)
+                        outcome = replace(outcome, input_sha256=scan.sha256)
                 except MemoryError as error:
                     outcome = error
-                del volume
+                del scan
                 case = None  # before the one after next is read
                 yield task, outcome
         finally:
@@ -139,47 +135,27 @@ def predict_volumes(
                 ahead.cancel()
 
 
-def read_scan(task: PredictionTask, nan_fill: float | None) -> tuple[Volume, str]:
-    """Read the volume of a task, a file or a DICOM series, and the SHA-256 of what it was read from.
-
-    Raises:
-        DataError: it cannot be read, or changed meanwhile.
-        OSError: the file cannot be opened.
-    """
-    if task.series is not None:
-        return read_series(task.series, nan_fill=nan_fill), sum_of_files(task.series.files)
-    before = task.path.stat()
-    volume = read_volume(task.path, nan_fill=nan_fill)
-    digest = sum_of_files(files_of_volume(task.path))
-    after = task.path.stat()
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise DataError("the file changed while it was read. Predict it again once it is complete.")
-    return volume, digest
-
-
 class _Case:
     """One volume with what its slices give."""
 
     def __init__(
-        self, task: PredictionTask, volume: Volume, settings: VolumeSettings, predictor: Predictor
+        self, task: PredictionTask, scan: Scan, settings: VolumeSettings, predictor: Predictor
     ) -> None:
         self.task = task
-        self.volume = volume
+        self.volume = scan.volume
         self.predictor = predictor
         self.classes = tuple(predictor.classes)
-        self.stack = SliceStack(volume.geometry, settings.axis or "axial")
-        self.slices = self.stack.cut(volume.voxels)
-        self.notes = list(volume.notes)
-        if settings.window is not None:
-            low, high = settings.window
-        else:
-            low, high = own_window(volume.voxels)
+        self.pictures = ScanSlices(scan, settings.axis or "axial", settings.window)
+        self.stack = self.pictures.stack
+        self.notes = list(scan.volume.notes)
+        if settings.window is None:
+            own = ", ".join(f"[{low:g}, {high:g}]" for low, high in dict.fromkeys(self.pictures.windows))
             self.notes.append(
-                f"no window is stated by the model or by --window; the volume's own 0.5 to 99.5 percentile "
-                f"was taken [{low:g}, {high:g}]"
+                "no window is stated by the model or by --window; the volume's own 0.5 to 99.5 percentile "
+                f"was taken {own}"
             )
-        self.window = low, high
-        shape = self.slices.shape
+        self.segment_codes = settings.segment_codes
+        shape = (self.stack.count, *self.stack.shape)
         self.labels = np.zeros(shape, np.uint8)
         channels = 1 if len(self.classes) == 2 else len(self.classes)
         self.probabilities = (
@@ -240,13 +216,8 @@ class _Case:
         height, width = self.stack.shape
         grid = Grid(height, width, self.predictor.image_size, self.predictor.resize)
         for index in range(self.stack.count):
-            image = grid.image_to_model(self._picture(index))
+            image = grid.image_to_model(self.pictures[index])
             yield SliceInput(self.task.case_id, index, image, grid, self.stack.spacing_mm)
-
-    def _picture(self, index: int) -> np.ndarray:
-        """A slice as the model sees it, uint8 (H, W, 3)."""
-        grey = apply_window(self.slices[index], self.window)
-        return np.ascontiguousarray(np.repeat(grey[..., None], 3, axis=2))
 
     def _write(self, write: Callable[[Path, Callable[[Path], None]], None]) -> None:
         task, geometry = self.task, self.volume.geometry
@@ -264,7 +235,8 @@ class _Case:
             from sdseg_cli.core.data.dicom_seg import write_dicom_seg
 
             series = task.series
-            write(task.mask, lambda path: write_dicom_seg(path, labels, series, self.classes))
+            codes = codes_of(self.classes, self.segment_codes)
+            write(task.mask, lambda path: write_dicom_seg(path, labels, series, codes))
         else:
             write(task.mask, lambda path: write_label_volume(path, labels, geometry, like=self.volume))
 
@@ -284,7 +256,7 @@ class _Case:
         marked = np.flatnonzero(self.labels.reshape(len(self.labels), -1).any(axis=1))
         first, last = (marked[0], marked[-1]) if marked.size else (0, len(self.labels) - 1)
         shown = np.unique(np.linspace(first, last, _MONTAGE).round().astype(int))
-        items = [(f"slice {index}", self._picture(index), self.labels[index]) for index in shown]
+        items = [(f"slice {index}", self.pictures[index], self.labels[index]) for index in shown]
         return contact_sheet(items, columns=_MONTAGE_COLUMNS, classes=self.classes)
 
     def _record(self) -> CasePrediction:
