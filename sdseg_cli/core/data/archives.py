@@ -31,7 +31,7 @@ _DAMAGE = (
     # The last two: tarfile reads a header's extension in one piece, whatever size it claims.
     *(EOFError, NotImplementedError, OverflowError, MemoryError),
 )
-# What the names in an archive lead to on a sound disk: too long, or a file and a folder at once.
+# What a name in an archive leads to: too long, a file and a folder at once, or nothing for this disk.
 _OF_THE_NAMES = frozenset(
     {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
 )
@@ -95,6 +95,8 @@ def unpack(
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in {None, *_OF_THE_NAMES}:
             raise  # the disk, not the archive
+        if isinstance(error, OSError) and error.filename is not None:
+            raise _impossible(archive, folder, error) from error
         raise _damaged(archive, error) from error
 
 
@@ -226,6 +228,15 @@ def _damaged(archive: Path, error: Exception) -> DataError:
     return DataError(
         f"{archive}: the archive is damaged or cut short ({str(error) or type(error).__name__}). "
         "Delete it and fetch it again; nothing was unpacked."
+    )
+
+
+def _impossible(archive: Path, folder: Path, error: OSError) -> DataError:
+    name = str(error.filename).removeprefix(f"{folder}/")
+    return DataError(
+        f"{archive}: {name[:200]!r} cannot be made in {folder.parent} ({error.strerror}): the name is one "
+        "that this disk does not take, too long, or a file's and a folder's at once. Nothing was kept: "
+        "unpack it by hand, elsewhere, and give the folder as --source."
     )
 
 

@@ -91,7 +91,7 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
             is_slice = modality not in _NO_IMAGES and bool(header.get("Rows"))
             description = str(header.get("SeriesDescription", "") or "")
         except Exception as error:  # a damaged header raises almost anything
-            strays.append((path, f"cannot be read as DICOM ({_said(error)})"))
+            strays.append((path, f"cannot be read as DICOM ({without_values(error)})"))
             continue
         if modality in _NO_IMAGES or (uid and not is_slice):
             strays.append((path, f"holds no image slice (modality {modality})"))
@@ -198,7 +198,7 @@ def _usable_headers(series: DicomSeries) -> Iterator[None]:
         raise
     except Exception as error:  # values are decoded when they are asked for; damaged ones raise anything
         raise DataError(
-            f"{series.folder}: series {series.name!r}: its headers cannot be used ({_said(error)}). "
+            f"{series.folder}: series {series.name!r}: its headers cannot be used ({without_values(error)}). "
             "Fetch it again."
         ) from error
 
@@ -382,12 +382,12 @@ def _damaged(path: Path, error: BaseException) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: the file is gone since the start. Fetch the series again.")
     return DataError(
-        f"{path}: cannot be read as DICOM ({_said(error)}). It is damaged or cut short: fetch the series "
-        "again."
+        f"{path}: cannot be read as DICOM ({without_values(error)}). It is damaged or cut short: fetch the "
+        "series again."
     )
 
 
-def _said(error: BaseException) -> str:
+def without_values(error: BaseException) -> str:
     """What a library said, without the values it quotes: in a damaged file they may be a patient's name."""
     lines = str(error).strip().splitlines()
     return re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", lines[-1]) if lines else type(error).__name__

@@ -146,15 +146,27 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> tuple[Volume, str
         DataError: it cannot be read, or changed meanwhile.
         OSError: the file cannot be opened.
     """
-    if task.series is not None:
-        return read_series(task.series, nan_fill=nan_fill), sum_of_files(task.series.files)
-    before = task.path.stat()
-    volume = read_volume(task.path, nan_fill=nan_fill)
-    digest = sum_of_files(files_of_volume(task.path))
-    after = task.path.stat()
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise DataError("the file changed while it was read. Predict it again once it is complete.")
+    files = files_of_volume(task.path) if task.series is None else list(task.series.files)
+    before = [_state(path) for path in files]
+    if task.series is None:
+        volume = read_volume(task.path, nan_fill=nan_fill)
+    else:
+        volume = read_series(task.series, nan_fill=nan_fill)
+    digest = sum_of_files(files)
+    for path, state in zip(files, before, strict=True):
+        if _state(path) != state:
+            what = "the file" if path == task.path else f"its file {path.name}"
+            raise DataError(f"{what} changed while it was read. Predict it again once it is complete.")
     return volume, digest
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is written; None where there is none, which reading it tells."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 class _Case:
