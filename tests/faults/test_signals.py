@@ -13,6 +13,7 @@ import pytest
 
 from sdseg_cli.commands._signals import interruptible
 from sdseg_cli.core.data.images import write_label_map
+from sdseg_cli.core.engine.stopping import graceful_stop, stop_signals
 from sdseg_cli.core.errors import Interrupted
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
@@ -80,6 +81,19 @@ def test_a_signal_ends_every_command_with_its_code_and_nothing_is_left(
     assert "stopped" in process.log()
     if not command.startswith("demo"):  # which keeps what is done
         assert list(places["out"].parent.iterdir()) == []
+
+
+@pytest.mark.faults(28)
+def test_under_nohup_a_closed_terminal_is_outlived():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
+        with interruptible("not to be said"), graceful_stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal_number is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in stop_signals()
 
 
 @pytest.mark.faults(28)
