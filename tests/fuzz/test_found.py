@@ -15,14 +15,18 @@ import pydicom
 import pytest
 import torch
 
-from sdseg_cli.core.data.archives import unpacked
+from sdseg_cli.core.data.archives import is_archive, unpacked
 from sdseg_cli.core.data.dicom import find_series, read_series
 from sdseg_cli.core.data.nnunet import read_nnunet
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.data.slicing import apply_window, own_window
 from sdseg_cli.core.data.volumes import read_volume
 from sdseg_cli.core.errors import DataError, ModelError
+from sdseg_cli.core.files import is_zip
+from sdseg_cli.core.model.checkpoint_file import read_state_dict
+from sdseg_cli.core.model.image_encoder import KLImageEncoder
 from sdseg_cli.core.model.official import encoder_shape, unet_shape
+from sdseg_cli.core.model.unet import SDSegUNet
 from tests.fuzz.parsers import dicom_seeds
 
 pytestmark = pytest.mark.faults
@@ -307,3 +311,24 @@ def test_a_weight_without_its_dimensions_tells_no_architecture(read, key, shape)
     state = {**dict.fromkeys([*names, "input_blocks.0.0.weight"], kernel), key: torch.zeros(shape)}
     with pytest.raises(ModelError, match=rf"{re.escape(key)} of the checkpoint has the shape \(.*expected"):
         read(state)
+
+
+@pytest.mark.parametrize(
+    ("network", "key"), [(KLImageEncoder, "levels"), (KLImageEncoder, "blocks"), (SDSegUNet, "blocks")]
+)
+def test_a_configuration_of_ten_thousands_of_layers_is_refused_before_they_are_built(network, key):
+    with pytest.raises(ValueError, match="65536"):
+        network(**{key: 65536})
+
+
+def test_a_zip_that_says_it_spans_disks_is_no_zip(tmp_path):
+    """The standard library's test of whether it is one raises."""
+    path = tmp_path / "a.ckpt"
+    locator = b"PK\x06\x07" + bytes(4) + bytes(8) + (9).to_bytes(4, "little")
+    path.write_bytes(b"PK\x03\x04" + bytes(60) + locator + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(zipfile.BadZipFile, match="multiple disks"):
+        zipfile.is_zipfile(path)
+    assert not is_zip(path)
+    assert not is_archive(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_state_dict(path)

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.files import is_zip
 
 MAX_BYTES = 32 * 2**30
 """Largest sum of unpacked files."""
@@ -43,7 +44,7 @@ def is_archive(path: Path) -> bool:
     """Whether a file is, or by its name claims to be, an archive."""
     name = path.name.lower()
     claims = name.endswith((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz"))
-    return path.is_file() and (claims or zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    return path.is_file() and (claims or is_zip(path) or tarfile.is_tarfile(path))
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def unpack(
     try:
         with archive.open("rb") as file:
             magic = file.read(8)
-        if zipfile.is_zipfile(archive):
+        if is_zip(archive):
             _unpack_zip(archive, folder, budget)
         elif tarfile.is_tarfile(archive):
             _unpack_tar(archive, folder, budget)
