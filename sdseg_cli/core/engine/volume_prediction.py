@@ -149,6 +149,7 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> tuple[Volume, str
     files = files_of_volume(task.path) if task.series is None else list(task.series.files)
     before = [_state(path) for path in files]
     if task.series is None:
+        task.path.stat()  # one that is gone since the start is told as such
         volume = read_volume(task.path, nan_fill=nan_fill)
     else:
         volume = read_series(task.series, nan_fill=nan_fill)

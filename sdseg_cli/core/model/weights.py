@@ -154,11 +154,12 @@ def load_referenced_autoencoder(location: str, sha256: str) -> Autoencoder:
         "Put it back there, or make the model again with a copy of its autoencoder (sdseg train with "
         "train.embed_autoencoder=true; sdseg convert without --autoencoder)."
     )
+    refuse_altered(Path(location))  # which has a remedy of its own
     try:
         autoencoder = load_any_autoencoder(location)
     except ModelError as error:
         raise ModelError(
-            f"the model holds no autoencoder but refers to {location}, which cannot be read: {error} {remedy}"
+            f"the model holds no autoencoder but refers to {location}, which cannot be read. {remedy}"
         ) from error
     if _digest(autoencoder) != sha256:
         raise ModelError(
