@@ -37,7 +37,7 @@ _NETWORK_FILE = "config.json"  # of an autoencoder or another start; inside a mo
 _TRACKERS = frozenset({"tensorboard", "wandb", "mlruns"})  # of a run: written by others, and after it ended
 _LEFTOVERS = (".partial", ".old")
 _KILLED = "the call was killed at it; the same command with --skip-existing makes it again"
-_DEPTH = 2  # folders between one that holds folders of ours, such as an ablation's, and these
+_DEPTH = 3  # folders between one that holds folders of ours, such as an ablation's, and these
 
 
 @dataclass(frozen=True)
