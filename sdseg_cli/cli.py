@@ -4,7 +4,7 @@ A command's module is imported only when it is called, and torch only inside the
 ``sdseg --help`` answers at once.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 partial (some cases failed and are listed, the rest
-is done), 130 Ctrl-C, 143 SIGTERM.
+is done), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import typer
 from typer.core import TyperGroup
 
 from sdseg_cli import __version__
+from sdseg_cli.core.engine.stopping import leave_terminal, stop_signals
+from sdseg_cli.core.errors import Interrupted
 
 COMMANDS = {
     "prepare": "Turn images and masks into a prepared dataset.",
@@ -241,33 +243,31 @@ def _root(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code."""
     _quieten_libraries()
-    terminated = _listen_for_sigterm()
-    interrupted = False
+    _listen_for_signals()
     try:
         app(args=args, prog_name="sdseg")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        interrupted = code == 130
+        if code == 130:  # as the parser leaves for Ctrl-C
+            _say_stopped("stopped by Ctrl-C.")
     except KeyboardInterrupt:
-        code, interrupted = 130, True
+        code = 130
+        _say_stopped("stopped by Ctrl-C.")
+    except Interrupted as stop:
+        code = stop.exit_code
+        _say_stopped(str(stop))
     except Exception as error:
         code = _exit_code_of(error)
-    if interrupted:
-        code = 143 if terminated else 130
-        _say_stopped(code)
     _flush_results()
     sys.exit(code)
 
 
 def _exit_code_of(error: Exception) -> int:
     """Tell the user what went wrong; an error that is sdseg's own fault keeps its traceback."""
-    from sdseg_cli.console import fail, say
-    from sdseg_cli.core.errors import Interrupted, SdsegError, is_disk_full
+    from sdseg_cli.console import fail
+    from sdseg_cli.core.errors import SdsegError, is_disk_full
 
-    if isinstance(error, Interrupted):
-        say(str(error))
-        return error.exit_code
     if isinstance(error, SdsegError):
         fail(error)
         return error.exit_code
@@ -304,19 +304,14 @@ def _is_lost_process(error: Exception) -> bool:
     return is_lost(error)
 
 
-def _say_stopped(code: int) -> None:
+def _say_stopped(message: str) -> None:
     from sdseg_cli.console import say
 
-    say("stopped by Ctrl-C." if code == 130 else "stopped by SIGTERM.")
+    say(message)
 
 
-def _listen_for_sigterm() -> list[bool]:
-    """Let SIGTERM end a command as Ctrl-C does, so that temporary files are removed on the way out.
-
-    Returns:
-        A list that is no longer empty once the signal came.
-    """
-    received: list[bool] = []
+def _listen_for_signals() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files are removed on the way out."""
     process = os.getpid()
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -324,12 +319,13 @@ def _listen_for_sigterm() -> list[bool]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        received.append(True)
-        raise KeyboardInterrupt
+        leave_terminal(number)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}.", number)
 
     with contextlib.suppress(ValueError):  # not the main thread: who embeds us handles the signals
-        signal.signal(signal.SIGTERM, stop)
-    return received
+        for number in stop_signals():
+            if number != signal.SIGINT:  # which Python makes a KeyboardInterrupt
+                signal.signal(number, stop)
 
 
 def _quieten_libraries() -> None:

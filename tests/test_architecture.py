@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sdseg_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a part of the package may import from the package, by prefix. Each may import itself.
-BASE = ("errors", "grid", "seeding", "files")
+BASE = ("errors", "grid", "seeding", "files", "integrity")
 ALLOWED = {
     "core.data": (*BASE, "recipe", "strict_yaml"),  # recipe only tells where the shipped split files are
     "core.model": BASE,
@@ -26,8 +26,9 @@ ALLOWED = {
     "core.recipe": ("errors", "recipe_schema", "strict_yaml"),
     "core.recipe_reference": ("recipe",),
     "core.run_directory": (*BASE, "recipe"),
-    "core.manifest": ("files", "run_directory"),
-    "core.verification": ("errors", "files", "manifest", "run_directory"),
+    "core.integrity": ("errors", "files"),
+    "core.manifest": ("files", "integrity", "run_directory"),
+    "core.verification": ("errors", "files", "integrity", "manifest", "run_directory"),
 }
 SCREEN = {"typer", "click", "rich", "tqdm", "argparse"}
 HEAVY = {
@@ -43,6 +44,7 @@ HEAVY = {
 }
 NO_TORCH = ("cli", "console", "commands", "core.errors", "core.grid", "core.seeding", "core.files")
 NO_TORCH += (
+    "core.integrity",
     "core.manifest",
     "core.verification",
     "core.strict_yaml",

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an ordinary error: the first ends in order, the second at once."""
+"""Signals that end a command with a message of its own: the first ends in order, the second at once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from sdseg_cli.core.engine.stopping import leave_terminal, stop_signals
 from sdseg_cli.core.errors import Interrupted
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Raise Interrupted in the block at the first SIGINT or SIGTERM; a second one ends the process.
+    """Raise Interrupted in the block at the first of :func:`stop_signals`; a second one ends the process.
 
     Args:
         message: what is kept and how to go on; shown to the user.
@@ -25,12 +24,15 @@ def interruptible(message: str) -> Iterator[None]:
         yield  # only the main thread may set handlers, and only it is interrupted
         return
 
+    numbers = stop_signals()
+
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in _SIGNALS:
+        leave_terminal(number)
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
         raise Interrupted(message, number)
 
-    before = {each: signal.signal(each, stop) for each in _SIGNALS}
+    before = {each: signal.signal(each, stop) for each in numbers}
     try:
         yield
     finally:

@@ -302,7 +302,7 @@ def _train_all(recipe: str, jobs: Sequence[_Job], command: list[str], device: De
             continue
         console.say(where)
         code = _run([*command, "-m", "sdseg_cli", "train", *arguments, "--device", device.value])
-        if code in (130, 143):
+        if code in (129, 130, 143):
             raise Interrupted("stopped; the same command goes on where this one was.", code - 128)
         if code != 0:
             failed[run] = (
@@ -343,12 +343,14 @@ def _run(command: list[str]) -> int:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # noqa: S603  (our own)
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         console.say("stopping the training; the same command goes on where this one was")
-        os.killpg(process.pid, signal.SIGINT)  # a launcher would not pass it on
+        # A launcher would not pass it on. Of a terminal that is gone the training must know itself.
+        number = getattr(stop, "signal_number", signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT if number == signal.SIGTERM else number)
         try:
             process.wait()
-        except KeyboardInterrupt:  # a second Ctrl-C is meant
+        except (KeyboardInterrupt, Interrupted):  # a second Ctrl-C is meant
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         raise

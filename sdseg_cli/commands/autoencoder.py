@@ -14,6 +14,8 @@ from sdseg_cli.commands._options import Device, DeviceOption, JsonOption, Overwr
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdseg_cli.core.data.prepared import PreparedDataset
+
 _HELD_OUT_SEED = 1_000_003  # names masks that no training seed generates
 _HELD_OUT = 256
 
@@ -69,8 +71,7 @@ def autoencoder(
     """
     from sdseg_cli.core.errors import UsageError
     from sdseg_cli.core.files import refuse_existing, whole_folder
-    from sdseg_cli.core.manifest import write_manifest
-    from sdseg_cli.core.run_directory import library_versions
+    from sdseg_cli.core.manifest import made_with, write_manifest
 
     if size % 8:
         raise UsageError(f"--size {size}: expected a multiple of 8, like {round(size / 8) * 8}.")
@@ -81,11 +82,16 @@ def autoencoder(
 
     import torch
 
+    from sdseg_cli.core.data.prepared import PreparedDataset
     from sdseg_cli.core.engine.autoencoder_training import generated_masks, train_mask_autoencoder
     from sdseg_cli.core.engine.inference import choose_device
     from sdseg_cli.core.model.latents import spatial_factor
     from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
-    from sdseg_cli.core.model.weights import load_published_autoencoder, quiet_diffusers
+    from sdseg_cli.core.model.weights import (
+        load_published_autoencoder,
+        quiet_diffusers,
+        refer_to_autoencoder,
+    )
 
     quiet_diffusers()
     teacher = load_published_autoencoder(distill) if distill is not None else None  # before minutes of work
@@ -97,16 +103,21 @@ def autoencoder(
     chosen = choose_device(device)
     pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
     held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
+    made_from: dict[str, Any] = {"masks": {"generated": masks, "size": size, "seed": seed}}
     if data is not None:
-        pool += _dataset_masks(data, "train", size)
-        held_out[f"{data.name} validation"] = _dataset_masks(data, "validation", size)
-    if teacher is not None:
+        dataset = PreparedDataset.open(data)
+        made_from["dataset"] = {"path": str(data.resolve()), "fingerprint": dataset.manifest.fingerprint}
+        pool += _dataset_masks(dataset, "train", size)
+        held_out[f"{data.name} validation"] = _dataset_masks(dataset, "validation", size)
+    if distill is not None and teacher is not None:
+        made_from["teacher"] = refer_to_autoencoder(distill, teacher)
         _distil(
             teacher.to(chosen),
             pool,
             held_out,
             out,
             {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
+            made_from,
             device=chosen,
             overwrite=overwrite,
             as_json=as_json,
@@ -131,7 +142,17 @@ def autoencoder(
     scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items() if part}
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         network.save_pretrained(folder)
-        write_manifest(folder, "autoencoder", steps=steps, seed=seed, versions=library_versions())
+        write_manifest(
+            folder,
+            "autoencoder",
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            crop=crop,
+            seed=seed,
+            **made_from,
+            **made_with(),
+        )
     if as_json:
         console.show_json({"folder": str(out), "reconstruction_dice": scores})
         return
@@ -151,6 +172,7 @@ def _distil(
     held_out: dict[str, list[np.ndarray]],
     out: Path,
     settings: dict[str, Any],
+    made_from: dict[str, Any],
     *,
     device: Any,
     overwrite: bool,
@@ -166,8 +188,7 @@ def _distil(
         train_mask_decoder,
     )
     from sdseg_cli.core.files import whole_folder
-    from sdseg_cli.core.manifest import write_manifest
-    from sdseg_cli.core.run_directory import library_versions
+    from sdseg_cli.core.manifest import made_with, write_manifest
 
     asked = ask_teacher(teacher, masks, device=device)
     answers = list(console.progress(asked, len(masks), "asking the full decoder", unit="masks"))
@@ -191,7 +212,7 @@ def _distil(
                 }
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         decoder.save_pretrained(folder)
-        write_manifest(folder, "decoder", **settings, versions=library_versions())
+        write_manifest(folder, "decoder", **settings, **made_from, **made_with())
     if as_json:
         console.show_json({"folder": str(out), "agreement_dice": scores})
         return
@@ -204,14 +225,12 @@ def _distil(
     console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model MODEL --out masks/")
 
 
-def _dataset_masks(data: Path, split: str, size: int) -> list[np.ndarray]:
+def _dataset_masks(dataset: PreparedDataset, split: str, size: int) -> list[np.ndarray]:
     """Every foreground class of every slice, on a square grid of ``size``."""
     import numpy as np
 
-    from sdseg_cli.core.data.prepared import PreparedDataset
-
     masks = []
-    for item in PreparedDataset.open(data).split(split):
+    for item in dataset.split(split):
         labels = replace(item.grid, size=size).labels_to_model(item.label_map)
         masks += [(labels == label).astype(np.uint8) for label in np.unique(labels) if label]
     return masks

@@ -100,7 +100,7 @@ def convert(
     """
     from sdseg_cli.core.files import refuse_existing, whole_folder
     from sdseg_cli.core.manifest import write_manifest
-    from sdseg_cli.core.run_directory import library_versions
+    from sdseg_cli.core.run_directory import library_versions, now
 
     ours = "model_index.json" if (out / "model_index.json").is_file() else "config.json"
     refuse_existing(out, overwrite=overwrite, ours=ours)
@@ -122,7 +122,7 @@ def convert(
     with whole_folder(out, overwrite=overwrite, ours=ours) as folder:
         _save(result, folder, half)
         (folder / _RECORD).write_text(console.to_json(summary, indent=2) + "\n", encoding="utf-8")
-        write_manifest(folder, summary["kind"], versions=library_versions())
+        write_manifest(folder, summary["kind"], written=now(), versions=library_versions())
     if as_json:
         console.show_json({"folder": str(out), **summary})
         return

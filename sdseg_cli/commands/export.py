@@ -57,7 +57,7 @@ def export(
     """
     from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
     from sdseg_cli.core.manifest import model_sum, write_manifest
-    from sdseg_cli.core.run_directory import library_versions, resolve_model
+    from sdseg_cli.core.run_directory import library_versions, now, resolve_model
 
     refuse_existing(out, overwrite=overwrite, ours=EXPORT_FILE)
     reference = resolve_model(model)
@@ -74,7 +74,7 @@ def export(
         )
         made_from: dict[str, Any] = {"model_sha256": model_sum(reference.location)}
         made_from |= {"decoder_sha256": model_sum(decoder)} if decoder is not None else {}
-        write_manifest(folder, "exported model", **made_from, versions=library_versions())
+        write_manifest(folder, "exported model", **made_from, written=now(), versions=library_versions())
     if as_json:
         console.show_json({"folder": str(out), **config})
         return

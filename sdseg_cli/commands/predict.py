@@ -52,7 +52,7 @@ from sdseg_cli.core.engine.prediction import (
     summary_rows,
     write_summary,
 )
-from sdseg_cli.core.errors import SdsegError, UsageError
+from sdseg_cli.core.errors import Interrupted, SdsegError, UsageError
 from sdseg_cli.core.manifest import Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 
@@ -248,7 +248,7 @@ def predict(
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
     settings = {**identity, "seed": seed, **sampling, **stated}
     planned, tasks = tasks, part.of(tasks)
-    todo, done = (tasks, []) if not skip_existing else split_existing(tasks)
+    todo, done = (tasks, []) if not skip_existing else split_existing(tasks, out)
     if not overwrite or shard is not None:  # a shard replaces its own part alone
         _refuse_other_settings(out, settings)
     if not skip_existing and not overwrite:
@@ -258,6 +258,8 @@ def predict(
     console.say(f"{_count(tasks)} to predict into {readable(out)}{of_all}")
     if done:
         console.say(f"{len(done)} of them are done already and are skipped")
+    if again := sum(task.is_done for task in todo) if skip_existing else 0:
+        console.say(f"{again} of them were not listed before a call was killed, and are predicted again")
     records = [CasePrediction(task.case_id, task.file, "skipped") for task in done]
     kept = f"Masks written so far are whole and listed in {readable(out / SUMMARY_FILE)}"
     with interruptible(f"stopped. {kept}; go on with the same command and --skip-existing."):
@@ -313,6 +315,7 @@ class _Session:
         self.began = time.time()
         self.has_summary = True
         self.volumes: VolumeSettings | None = None
+        self.written: list[CasePrediction] = []  # in the order of the writing, also what is not settled yet
         self.classes: tuple[str, ...] = ("background",)
 
     def run(
@@ -351,7 +354,7 @@ class _Session:
                     removed.append(path)
         processes.wait()  # every process has seen the folder as it was before the first mask is written
         self._begin_journal(
-            reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)
+            todo, reference, options.get("decoder"), precision=getattr(predictor, "precision", precision)
         )
         if removed:
             self.journal.remove(removed)
@@ -377,23 +380,32 @@ class _Session:
             raise stop
         self._leave()
 
-    def _begin_journal(self, reference: ModelReference, decoder: str | None, *, precision: str) -> None:
+    def _begin_journal(
+        self,
+        todo: Sequence[PredictionTask],
+        reference: ModelReference,
+        decoder: str | None,
+        *,
+        precision: str,
+    ) -> None:
         """Begin this call's part of the list of what is written, and of what from."""
         self.settings["model_sha256"] = model_sum(reference.location)
         if decoder is not None:
             self.settings["decoder_sha256"] = model_sum(decoder)
         run = reference.run
         recipe = run.read_run_json().get("recipe") if run is not None else None
-        self.journal = Journal(self.out, {**self.settings, "recipe": recipe, "precision": precision})
+        about = {**self.settings, "recipe": recipe, "precision": precision}
+        self.journal = Journal(self.out, about, (path for task in todo for path in task.outputs))
 
     def _note(self, record: CasePrediction) -> None:
         self.journal.add(
             record.outputs, case=record.case_id, input=record.file, input_sha256=record.input_sha256
         )
+        self.written.append(record)
 
     def _predict(
         self, todo: Sequence[PredictionTask], predictor: Predictor, volumes: VolumeSettings
-    ) -> SdsegError | None:
+    ) -> SdsegError | Interrupted | None:
         """Keep the records of all that was written, also when something stops the rest."""
         stream = predict_files(todo, predictor, volumes=volumes, on_written=self._note)
         try:
@@ -401,11 +413,16 @@ class _Session:
             unit = "volumes" if are_volumes else "images"
             for record in console.progress(stream, len(todo), "predicting", unit=unit):
                 self.records.append(record)
-        except SdsegError as error:
+        except (SdsegError, Interrupted) as error:
+            stream.close()  # a signal may come anywhere: what is being written is finished first
+            settled = {record.file for record in self.records}
+            self.records += [record for record in self.written if record.file not in settled]
             return error
         return None
 
-    def _gather(self, processes: Processes, stop: SdsegError | None, predictor: Predictor) -> None:
+    def _gather(
+        self, processes: Processes, stop: SdsegError | Interrupted | None, predictor: Predictor
+    ) -> None:
         # After a signal the other processes may be gone: waiting for them could take for ever.
         if stop is None or stop.exit_code < 128:
             fresh = [record for record in self.records if record.status != "skipped"]
@@ -415,7 +432,7 @@ class _Session:
             for remark in self.settings["warnings"]:
                 console.warn(remark)
 
-    def _finish(self, stop: SdsegError | None) -> None:
+    def _finish(self, stop: SdsegError | Interrupted | None) -> None:
         try:
             with summary_lock(self.out) if self.is_shard else contextlib.nullcontext():
                 write_summary(self.out / SUMMARY_FILE, self.tasks, self.records, self.classes)
@@ -440,7 +457,7 @@ class _Session:
                 if path.is_file() and path.stat().st_mtime < self.began:
                     path.unlink()
 
-    def _outcome(self, stop: SdsegError | None) -> str:
+    def _outcome(self, stop: SdsegError | Interrupted | None) -> str:
         """``finished`` once every case of every shard is listed; until then the others are at work."""
         if stop is not None:
             return "stopped"

@@ -21,7 +21,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Run directory, model, exported model, prepared dataset, or folder of masks or of scores.",
+            help="Run directory, model, exported model, prepared dataset, folder of masks or of scores, or a "
+            "folder that holds such.",
             show_default=False,
             autocompletion=complete_run,
         ),
@@ -30,8 +31,9 @@ def verify(
 ) -> None:
     """Check that a folder is as sdseg wrote it: every file there, with its SHA-256, and no other.
 
-    A run is checked with its checkpoints, its model and its scores. What is missing, truncated, altered or
-    not listed is named, and the exit code is then 1; it is 2 for a folder that is none of these.
+    A run is checked with its checkpoints, its model and its scores, and a folder of runs with all of them.
+    What is missing, truncated, altered or not listed is named, and the exit code is then 1; it is 2 for a
+    folder that is none of these.
     Nothing is changed.
 
     Examples::
@@ -40,6 +42,7 @@ def verify(
         sdseg verify runs/kseg-fast-20260131-120000/model    # the model alone
         sdseg verify data/kseg                               # a prepared dataset
         sdseg verify masks/ --json                           # what sdseg predict wrote, for a script
+        sdseg verify ablation/                               # all runs and tables in it
     """
     from sdseg_cli.core.verification import find_parts
 

@@ -31,11 +31,16 @@ class OutOfMemoryError(SdsegError):
     """The device has too little memory even for the smallest batch."""
 
 
-class Interrupted(SdsegError):  # noqa: N818  (an end that was asked for, not a failure)
-    """The user or the system asked for the end; state is saved. ``exit_code`` is 130 or 143."""
+class Interrupted(BaseException):
+    """The user or the system asked for the end; state is saved.
+
+    Like KeyboardInterrupt no Exception: whoever goes on after the failure of one case must not take it for
+    one. ``exit_code`` is 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that is gone.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 

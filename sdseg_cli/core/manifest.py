@@ -3,7 +3,7 @@
 A checkpoint, a model, a run and a folder of scores have a ``manifest.json``, written last, when the folder
 is whole. A prepared dataset lists its files in ``dataset.json``. Masks are added to a folder by several calls
 and processes, so that their list is a file of lines for each, in ``provenance/``, see :class:`Journal`.
-``verification.py`` compares folders with these lists.
+``verification.py`` compares folders with these lists, ``integrity.py`` what is loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from typing import Any
 
 from sdseg_cli import __version__
 from sdseg_cli.core.files import sha256_of
+from sdseg_cli.core.integrity import DAMAGE, MANIFEST_FILE, NOT_OURS, read_object
 from sdseg_cli.core.run_directory import RunDirectory, atomic_write, library_versions, now, to_json
 
-MANIFEST_FILE = "manifest.json"
 JOURNAL_FOLDER = "provenance"
-
-# What others put beside a model: its card, and the hub's own file.
-NOT_OURS = frozenset({"README.md", ".gitattributes"})
+_NETWORK = ("config.json", "*.safetensors")  # files of a network that diffusers saved
 
 
 def made_with() -> dict[str, Any]:
@@ -97,6 +95,8 @@ def model_folder(location: str) -> Path | None:
 def model_sum(location: str | Path) -> str | None:
     """The :func:`joint_sum` of a model's files as they are now, without its manifest and its card.
 
+    An autoencoder that the model refers to, rather than holds, counts as if it lay in ``autoencoder/``.
+
     Args:
         location: folder or hub id of a model, an exported model or a decoder.
 
@@ -107,6 +107,7 @@ def model_sum(location: str | Path) -> str | None:
     if folder is None:
         return None
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    paths |= _referred(folder)
     return joint_sum(
         {
             name: sha256_of(path)
@@ -116,26 +117,42 @@ def model_sum(location: str | Path) -> str | None:
     )
 
 
+def _referred(folder: Path) -> dict[str, Path]:
+    """The files of the autoencoder that a model refers to, if it does and they are in a folder.
+
+    That of a hub id or the built-in one is held fast by the checksum in model_index.json alone.
+    """
+    try:
+        place = Path(read_object(folder / "model_index.json")["autoencoder_reference"]["location"])
+    except (OSError, *DAMAGE):
+        return {}
+    place = place / "vae" if (place / "vae").is_dir() else place
+    return {f"autoencoder/{path.name}": path for name in _NETWORK for path in place.glob(name)}
+
+
 class Journal:
     """The list of a folder that several calls and processes write into, each a file of lines of its own.
 
-    The first line says what the call is (``call``: command, versions, model ...); every later one names its
-    call and lists files with size and SHA-256. A line is written in one piece, at once after its files: a
-    process that is killed leaves no file unlisted but the one it was at.
+    The first line says what the call is (``call``: command, versions, model ...) and what it is to write
+    (``planned``); every later one names its call and lists files with size and SHA-256. A line is written in
+    one piece, at once after its files: a process that is killed leaves no file unlisted but those it was at,
+    and :func:`unfinished` knows them.
 
     Args:
         folder: of the results.
         about: what the first line says of the call.
+        planned: files that it is to write.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any], planned: Iterable[Path] = ()) -> None:
         self._folder = folder
         self._call = uuid.uuid4().hex[:12]
         self._path = folder / JOURNAL_FOLDER / f"{self._call}.jsonl"
         self._path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
         self._torn = False
-        self._append({"sdseg": __version__, **made_with(), **about})
+        names = [path.relative_to(folder).as_posix() for path in planned]
+        self._append({"sdseg": __version__, **made_with(), **about, "planned": names})
 
     def add(self, files: Iterable[Path], **about: Any) -> None:
         """List files that were just written, and what they were made from."""
@@ -178,3 +195,16 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return [record for _, record in sorted(records, key=lambda pair: pair[0])]
+
+
+def unfinished(folder: Path) -> set[str]:
+    """Files that a call was to write and no call has listed: if they are there, it was killed at them."""
+    planned: set[str] = set()
+    listed: set[str] = set()
+    try:
+        for line in read_journal(folder):
+            planned |= set(line.get("planned", []))
+            listed = (listed - set(line.get("removed", []))) | set(line.get("files", {}))
+    except (OSError, *DAMAGE):
+        return set()
+    return planned - listed

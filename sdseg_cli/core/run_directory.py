@@ -450,6 +450,16 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
+def processor_name() -> str:
+    """The model of this machine's processor, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "CPU"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
 # Finding runs and models ----------------------------------------------------------------------------
 
 

@@ -6,16 +6,16 @@ model of a run, are parts with manifests of their own.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE, sha256_of
-from sdseg_cli.core.manifest import JOURNAL_FOLDER, MANIFEST_FILE, NOT_OURS, read_journal
+from sdseg_cli.core.integrity import DAMAGE, MANIFEST_FILE, NOT_OURS, checked_sums, read_object
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, read_journal, unfinished
 from sdseg_cli.core.run_directory import RunDirectory
 
 Fault = Literal[
@@ -33,10 +33,11 @@ MARKS = {
     "summary.json": "scores",
 }
 SHARED_FILES = frozenset({"summary.csv", "prediction.json", "report.html"})  # of all calls into a folder
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a manifest
 _NETWORK_FILE = "config.json"  # of an autoencoder or another start; inside a model it marks nothing
 _TRACKERS = frozenset({"tensorboard", "wandb", "mlruns"})  # of a run: written by others, and after it ended
 _LEFTOVERS = (".partial", ".old")
+_KILLED = "the call was killed at it; the same command with --skip-existing makes it again"
+_DEPTH = 3  # folders between one that holds folders of ours, such as an ablation's, and these
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,34 @@ def find_parts(path: Path) -> list[Part]:
     kind = _kind_of(path)
     if kind is None and (path / _NETWORK_FILE).is_file():
         kind = "network"
-    if kind is None:
+    held = [] if kind is not None else list(_held(path, _DEPTH))
+    if kind is None and not held:
         what = (
             "does not exist" if not path.exists() else "is a file" if path.is_file() else "is none of these"
         )
         raise UsageError(
             f"{path} {what}: expected a run directory (run.json), a model folder (model_index.json), a "
             f"prepared dataset (dataset.json), a folder of masks (prediction.json), of scores (summary.json) "
-            f"or an exported model ({EXPORT_FILE})."
+            f"or an exported model ({EXPORT_FILE}); or a folder that holds such."
         )
-    if kind == "run" and _status_of(path) == "running":
-        raise UsageError(f"run {path} is going on. Verify it once it has ended.")
-    return list(_parts(path, kind))
+    parts: list[Part] = []
+    for folder, its_kind in held if kind is None else [(path, kind)]:
+        if its_kind == "run" and _status_of(folder) == "running":
+            raise UsageError(f"run {folder} is going on. Verify it once it has ended.")
+        parts += _parts(folder, its_kind)
+    return parts
+
+
+def _held(path: Path, depth: int) -> Iterator[tuple[Path, str]]:
+    """The folders of ours in one that is none, such as an ablation's: its runs and its tables."""
+    if not path.is_dir():
+        return
+    for folder in sorted(inner for inner in path.iterdir() if inner.is_dir()):
+        kind = None if folder.name.startswith(".") else _kind_of(folder)
+        if kind is not None:
+            yield folder, kind
+        elif depth > 1 and not folder.name.startswith("."):
+            yield from _held(folder, depth - 1)
 
 
 def _status_of(run: Path) -> str:
@@ -132,12 +149,17 @@ def _parts(folder: Path, kind: str) -> Iterator[Part]:
         kind, sums, sizes = _listing(folder, kind)
     except FileNotFoundError:
         yield Part(folder, kind, differences=(Difference(folder, "no manifest", _why_none(folder, kind)),))
-    except (OSError, *_DAMAGE) as error:
+    except (OSError, *DAMAGE) as error:
         detail = f"{type(error).__name__}: {error}"
         yield Part(folder, kind, differences=(Difference(folder, "damaged manifest", detail),))
     else:
         missing = [Difference(folder / name, "missing") for name in sums if not (folder / name).is_file()]
-        unlisted = [Difference(folder / name, "unlisted") for name in found if name not in sums]
+        killed = unfinished(folder) if kind == "predictions" else set()
+        unlisted = [
+            Difference(folder / name, "unlisted", _KILLED if name in killed else "")
+            for name in found
+            if name not in sums
+        ]
         yield Part(folder, kind, sums, sizes, (*missing, *unlisted))
     for place, inner_kind in inner:
         yield from _parts(place, inner_kind)
@@ -196,29 +218,17 @@ def _listing(folder: Path, kind: str) -> tuple[str, dict[str, str], dict[str, in
                 sums[name], sizes[name] = found, path.stat().st_size
         return kind, *_checked(sums, sizes)
     if kind == "prepared dataset":
-        content = _read(folder / "dataset.json")
+        content = read_object(folder / "dataset.json")
         if "checksums" not in content:
             raise FileNotFoundError
         return kind, *_checked(content["checksums"], content["files"])
-    content = _read(folder / MANIFEST_FILE)
+    content = read_object(folder / MANIFEST_FILE)
     named = "checkpoint" if "progress" in content else str(content.get("kind", kind))
     return named, *_checked(content["files"], content.get("bytes", {}))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")  # noqa: TRY004  (a file of another form)
-    return content
-
-
 def _checked(sums: Any, sizes: Any) -> tuple[dict[str, str], dict[str, int]]:
-    """Refuse names that lead out of the folder: a manifest comes with the folder, from whoever made it."""
-    for name, digest in sums.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"it lists {name}, which is not in the folder")
-        str.encode(digest)
-    return dict(sums), {name: int(size) for name, size in sizes.items()}
+    return checked_sums(sums), {name: int(size) for name, size in sizes.items()}
 
 
 def _why_none(folder: Path, kind: str) -> str:

@@ -1,12 +1,15 @@
 """Kills real trainings at random moments, resumes them, and compares the result bit for bit.
 
     python tests/benchmarks/resume_table.py --kills 20 --processes 1 2 --seed 0
+    python tests/benchmarks/resume_table.py --kills 4 --terms 1 --changes 0 --processes 1 --device cuda
 
-Every row is a training of its own on phantoms of 32 pixels, on the CPU: killed with SIGKILL (every third one
-while a checkpoint or the model is being written), resumed with ``sdseg train --resume``, and compared with a
-training that nobody killed: weights, averages, optimizer and exported model; metrics and pictures too. Of two
-processes both are killed, or one, and then the other must end by itself. Then SIGTERM, and kills after which
-another number of processes goes on. Prints Markdown; ``main`` gives the rows.
+Every row is a training of its own on phantoms of 32 pixels, on the CPU unless asked: killed with SIGKILL
+(every third one while a checkpoint or the model is being written), resumed with ``sdseg train
+--resume``, and compared with a training that nobody killed: weights, averages, optimizer and exported
+model; metrics and pictures too. Of two processes both are killed, or one, and then the other must end by
+itself. Then SIGTERM, and kills after which another number of processes goes on. A GPU may add in another
+order each time: there a second training that nobody killed says by how much two are apart anyway. Prints
+Markdown; ``main`` gives the rows.
 """
 
 from __future__ import annotations
@@ -78,9 +81,10 @@ class Row:
 
 
 class Experiment:
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, device: str = "cpu") -> None:
         from sdseg_cli.commands.prepare import phantom
 
+        self.device = device
         self.folder = folder
         self.random = random.Random(seed)
         self.number = 0
@@ -94,11 +98,11 @@ class Experiment:
         self.seconds: dict[int, float] = {}
 
     def train(self, processes: int, root: Path) -> list[Any]:
-        given = ("train", "--recipe", self.recipe, "--out", root, "--device", "cpu")
+        given = ("train", "--recipe", self.recipe, "--out", root, "--device", self.device)
         return self._begin(processes, root, given)
 
     def resume(self, processes: int, root: Path) -> list[Any]:
-        given = ("train", "--resume", root, "--device", "cpu")
+        given = ("train", "--resume", root, "--device", self.device)
         return self._begin(processes, root, given)
 
     def _begin(self, processes: int, root: Path, given: Sequence[Any]) -> list[Any]:
@@ -106,16 +110,21 @@ class Experiment:
         wait_for((root / "run.json").exists, group)
         return group
 
-    def run_uninterrupted(self, processes: int) -> None:
+    def run_uninterrupted(self, processes: int, name: str = "whole") -> Any:
         from sdseg_cli.core.run_directory import RunDirectory
 
-        root = self.folder / f"whole-{processes}"
+        root = self.folder / f"{name}-{processes}"
         group = self.train(processes, root)
         began = time.monotonic()
         codes = end_of(group)
         assert codes == [0] * processes, group[0].log()
         self.seconds[processes] = time.monotonic() - began
-        self.whole[processes] = RunDirectory.open(root)
+        return RunDirectory.open(root)
+
+    def noise(self, processes: int) -> float:
+        """How far apart two trainings are that nobody killed, in the largest difference of a weight."""
+        again = self.run_uninterrupted(processes, "again")
+        return largest_deviation(again.latest_checkpoint(), self.whole[processes].latest_checkpoint())
 
     def killed(self, processes: int, *, in_a_save: bool, go_on_with: int = 0) -> Row:
         """Kill a training, then resume it with as many processes, or with ``go_on_with``."""
@@ -295,19 +304,22 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--changes", type=int, default=2, help="kills after which another number goes on")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args(arguments)
     print(f"seed of the moments: {given.seed}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="sdseg-resume-") as folder:
-        experiment = Experiment(Path(folder), given.seed)
+        experiment = Experiment(Path(folder), given.seed, given.device)
 
         def note(row: Row) -> None:
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
 
         for processes in given.processes:
-            experiment.run_uninterrupted(processes)
+            experiment.whole[processes] = experiment.run_uninterrupted(processes)
             print(f"{processes} uninterrupted: {experiment.seconds[processes]:.1f} s", flush=True)
+            if given.device != "cpu":
+                print(f"two uninterrupted differ by {experiment.noise(processes):.1e} at most", flush=True)
             for index in range(given.kills):
                 note(experiment.killed(processes, in_a_save=index % 3 == 2))
             for _ in range(given.terms):

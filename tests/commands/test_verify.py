@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from sdseg_cli import cli
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.files import sha256_of
-from sdseg_cli.core.manifest import JOURNAL_FOLDER, joint_sum, model_sum, read_journal, write_manifest
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, joint_sum, model_sum, read_journal
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
+
+CAN_EXPORT = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def sdseg(*arguments: object) -> int:
@@ -32,7 +38,7 @@ def verified(capsys, path: Path) -> tuple[int, dict]:
 
 @pytest.fixture(scope="module")
 def made(polyps, tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
-    """A folder with data, a run that was scored, its masks of two scans, and an autoencoder."""
+    """A folder with data, a run that was scored, its masks of two scans, and what else sdseg makes."""
     place = tmp_path_factory.mktemp("made")
     shutil.copytree(polyps, place / "data")
     changes = {"data.dataset": str(place / "data"), "train.checkpoint_every": 1}
@@ -49,12 +55,32 @@ def made(polyps, tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
         row = PreparedDataset.open(place / "data").split("test")[number]
         write_png(place / "scans" / f"{number}.png", row.image)
     assert sdseg("predict", place / "scans", "--out", place / "masks", *cpu, "--overlay", "--report") == 0
-    shutil.copytree(place / "run" / "model" / "image_encoder", place / "network")
-    write_manifest(place / "network", "autoencoder")
-    shutil.copytree(place / "run" / "model", place / "exported")
-    (place / "exported" / "model_index.json").rename(place / "exported" / "export.json")
-    write_manifest(place / "exported", "exported model")
+    for shard in ("1/2", "2/2"):
+        assert sdseg("predict", place / "scans", "--out", place / "sharded", *cpu, "--shard", shard) == 0
+    few = ("--steps", 1, "--masks", 16, "--size", 64, "--crop", 32, "--batch-size", 2, "--device", "cpu")
+    assert sdseg("autoencoder", "--out", place / "network", *few) == 0
+    published().save_pretrained(place / "published")
+    assert sdseg("convert", place / "published", "--out", place / "converted") == 0
+    assert sdseg("autoencoder", "--distill", place / "published", "--out", place / "decoder", *few) == 0
+    two = (place / "run", f"again={place / 'run'}", "--split", "test", "--draws", 0, "--device", "cpu")
+    assert sdseg("compare", *two, "--out", place / "ablation" / "validation") == 0  # as sdseg ablate does
+    shutil.copytree(place / "run", place / "ablation" / "runs" / "one-seed0")
+    if CAN_EXPORT:
+        assert sdseg("export", place / "run", "--out", place / "exported", "--format", "onnx") == 0
     return place
+
+
+def published() -> AutoencoderKL:
+    """A small KL autoencoder, as others publish them."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    )
 
 
 @pytest.fixture
@@ -75,8 +101,13 @@ KINDS = {
     "run/evaluation/test": ["evaluation"],
     "data": ["prepared dataset"],
     "masks": ["predictions"],
+    "sharded": ["predictions"],
     "network": ["autoencoder"],
-    "exported": ["exported model"],
+    "decoder": ["decoder"],
+    "converted": ["autoencoder"],
+    "ablation/validation": ["comparison"],
+    "ablation": ["comparison", "run", "checkpoint", "checkpoint", "evaluation", "model"],
+    **({"exported": ["exported model"]} if CAN_EXPORT else {}),
 }
 
 
@@ -135,7 +166,11 @@ def damaged(folder: Path, name: str, damage: str) -> Path:
         ("masks", "1.png"),
         ("masks", "overlays/0.png"),
         ("network", "config.json"),
-        ("exported", "export.json"),
+        ("decoder", "diffusion_pytorch_model.safetensors"),
+        ("converted", "config.json"),
+        ("ablation", "validation/summary.json"),
+        ("ablation", "runs/one-seed0/model/model_index.json"),
+        *([("exported", "export.json"), ("exported", "model.onnx")] if CAN_EXPORT else []),
     ],
 )
 def test_every_difference_is_named(folder, name, damage, copy, capsys):
@@ -315,6 +350,17 @@ def test_the_sum_of_a_model_is_that_of_its_files_and_not_of_what_lies_beside_the
     assert model_sum(model) != joint_sum(manifest["files"])
 
 
+def test_the_sum_of_a_model_is_what_the_guide_computes(copy):
+    model = copy("run") / "model"
+    for name in ("README.md", ".gitattributes", ".cache/x.json", "unet/README.md", "of two words.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("beside")
+    guide = (Path(__file__).parents[2] / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+    (recipe,) = (block for block in guide.split("```") if block.strip().startswith("find "))
+    computed = subprocess.run(["bash", "-c", recipe], cwd=model, capture_output=True, check=True, text=True)
+    assert computed.stdout.split()[0] == model_sum(model)
+
+
 @pytest.mark.faults
 def test_an_altered_split_is_not_scored(copy, made, capsys):
     data = copy("data")
@@ -371,6 +417,34 @@ def test_the_clocks_of_several_machines_need_not_agree(copy, capsys):
     assert verified(capsys, masks)[0] == 0
     (masks / "summary.csv").write_text("altered")
     assert verified(capsys, masks)[0] == 1
+
+
+@pytest.mark.faults
+def test_a_mask_that_a_killed_call_did_not_list_is_told_and_predicted_again(copy, made, capsys):
+    """SIGKILL between the renaming of 1.png and its line; 2.png is the user's own, which nobody planned."""
+    masks = copy("masks")
+    (journal,) = (masks / JOURNAL_FOLDER).iterdir()
+    lines = [line for line in journal.read_text().splitlines() if '"case": "1"' not in line]
+    journal.write_text("\n".join(lines) + "\n")
+    for place in (masks, masks / "overlays"):
+        shutil.copy(place / "0.png", place / "2.png")
+    scans = shutil.copytree(made / "scans", masks.parent / "scans")
+    shutil.copy(scans / "0.png", scans / "2.png")
+    found = {Path(one["path"]).name: one for one in verified(capsys, masks)[1]["differences"]}
+    assert {name: one["fault"] for name, one in found.items()} == dict.fromkeys(
+        ("1.png", "2.png"), "unlisted"
+    )
+    assert "the same command with --skip-existing makes it again" in found["1.png"]["detail"]
+    assert found["2.png"]["detail"] == ""
+    own = (masks / "2.png").stat().st_mtime_ns
+    cpu = ("--model", made / "run", "--device", "cpu", "--overlay", "--skip-existing")
+    assert sdseg("predict", scans, "--out", masks, *cpu) == 0
+    assert "1 of them were not listed before a call was killed, and are predicted again" in (
+        capsys.readouterr().err
+    )
+    assert (masks / "2.png").stat().st_mtime_ns == own
+    left = verified(capsys, masks)[1]["differences"]
+    assert {Path(one["path"]).name for one in left} == {"2.png"}
 
 
 @pytest.mark.faults

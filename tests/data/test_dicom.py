@@ -400,6 +400,22 @@ def test_a_dicom_seg_of_other_slices_is_not_read(tmp_path: Path) -> None:
         read_dicom_seg(tmp_path / "scan" / "absent.dcm", only(tmp_path / "scan"))
 
 
+@pytest.mark.faults
+def test_what_a_library_says_of_a_dicom_seg_is_told_without_the_values_it_quotes(
+    tmp_path, monkeypatch
+) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+
+    def damaged(path: Path) -> None:
+        raise ValueError("could not read 'Doe^Jane' as a date")
+
+    monkeypatch.setattr(highdicom.seg, "segread", damaged)
+    with pytest.raises(DataError, match=r"could not read '\.\.\.' as a date") as told:
+        read_dicom_seg(tmp_path / "seg.dcm", only(tmp_path / "scan"))
+    assert "Doe" not in str(told.value)
+
+
 def test_without_highdicom_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'sdseg\[dicom\]'"):

@@ -358,6 +358,19 @@ def test_the_files_of_a_volume_are_the_header_and_its_voxels(suffix: str, tmp_pa
     assert sorted(files_of_volume(path)) == sorted(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_voxels_beside_a_header_of_any_suffix_are_files_of_the_volume(suffix: str, tmp_path: Path) -> None:
+    """The suffix only says where they usually are; the header may name another file all the same."""
+    detached = ".nhdr" if suffix == ".nrrd" else ".mhd"
+    save_itk(tmp_path / f"a{detached}", scan())
+    (voxels,) = (path for path in tmp_path.iterdir() if path.suffix != detached)
+    path = (tmp_path / f"a{detached}").rename(tmp_path / f"a{suffix}")
+    read_volume(path)
+    assert files_of_volume(path) == [path, voxels]
+    path.write_bytes(b"NRRD0004\ndata file: ../../secret\n\n")
+    assert files_of_volume(path) == [path]
+
+
 @pytest.mark.faults
 def test_a_header_without_its_voxels_is_explained(tmp_path: Path) -> None:
     save_itk(tmp_path / "a.mhd", scan())

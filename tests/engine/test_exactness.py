@@ -33,6 +33,19 @@ def test_another_number_of_processes_keeps_the_batch_and_loses_what_is_drawn_per
     assert remark.endswith(lost)
 
 
+@pytest.mark.parametrize(("device", "is_told"), [("cpu (2 threads)", True), ("NVIDIA H100", False)])
+def test_another_processor_is_told_where_it_does_the_sums(device, is_told, monkeypatch):
+    def on(processor: str) -> dict:
+        monkeypatch.setattr("sdseg_cli.core.engine.exactness.processor_name", lambda: processor)
+        return circumstances(
+            processes=1, device=device, precision="fp32", gradient_accumulation=1, compiled=False
+        )
+
+    remark = no_longer_exact(on("AMD EPYC"), on("Intel Xeon"), nn.Conv2d(1, 1, 1), 4)
+    assert ("processor AMD EPYC -> Intel Xeon" in remark) == is_told
+    assert bool(remark) == is_told
+
+
 def test_another_device_or_version_is_named_and_costs_rounding_alone():
     after = {**BEFORE, "device": "NVIDIA H100", "torch": "9.9"}
     remark = no_longer_exact(BEFORE, after, nn.Dropout(0.5), 8)

@@ -130,6 +130,14 @@ def test_another_spacing_is_told_where_both_are_known(pixel_mm, is_strange):
     assert unfamiliar({**TINTED, "pixel_mm": None}, [look]) == []
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("spacing_mm", [(0.0, 0.7), (5.0, 0.7, 0.0), (-1.0, 0.7)])
+def test_a_spacing_that_is_none_is_unknown(spacing_mm):
+    look = look_at(np.zeros((8, 8, 3), np.uint8), Grid(8, 8, 8, "squeeze"), spacing_mm)
+    assert look.pixel_mm is None
+    assert "pixel_mm" not in summarise_looks([look])
+
+
 def test_slices_pass_through_one_by_one_and_unchanged():
     image = np.full((4, 4, 3), 7, np.uint8)
     items = [SliceInput(name, 0, image, Grid(4, 4, 4)) for name in "ab"]

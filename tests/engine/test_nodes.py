@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,61 @@ def test_the_array_of_workers_predicts_every_case_once(tiny_recipe, trained, tmp
         rows = list(csv.DictReader(stream))
     assert sorted(row["file"] for row in rows) == [f"{index}.png" for index in range(5)]
     assert {row["status"] for row in rows} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("array", "given", "asked"),
+    [
+        ("1 1 4", ["scans"], ["scans", "--skip-existing", "--shard", "1/4"]),
+        ("0 0 4", ["a b"], ["a b", "--skip-existing", "--shard", "1/4"]),  # an array that begins with 0
+        ("9 7 3", ["s", "--overwrite"], ["s", "--overwrite", "--shard", "3/3"]),
+        ("2 1 2", ["s", "--skip-existing"], ["s", "--skip-existing", "--shard", "2/2"]),
+    ],
+)
+def test_a_task_of_an_array_has_its_shard_and_keeps_what_was_asked(array, given, asked, tmp_path):
+    (tmp_path / "sdseg").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "sdseg").chmod(0o755)
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
+    own = dict(zip(names, array.split(), strict=True))
+    finished = subprocess.run(
+        ["bash", ROOT / "docs" / "slurm" / "predict.sbatch", *given],
+        env=environment(**own, PATH=f"{tmp_path}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+    )
+    assert finished.stdout.splitlines() == ["predict", *asked]
+
+
+def test_a_training_that_slurm_ends_has_the_time_to_save(tmp_path):
+    """torchrun waits 30 s for its processes by default; SLURM's kill comes later than that."""
+    script = (ROOT / "docs" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    (seconds,) = re.findall(r"--signal=TERM@(\d+)", script)
+    (waits,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-(\d+)", script)
+    assert 120 <= int(waits) < int(seconds)
+    (tmp_path / "worker.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(3)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    for waits, is_saved in (("1", False), ("20", True)):  # the variable is one that torchrun knows
+        with subprocess.Popen(
+            [*TORCHRUN, "--standalone", "--nproc_per_node", "1", "worker.py"],
+            cwd=tmp_path,
+            env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=waits),
+            stderr=subprocess.DEVNULL,
+        ) as agent:
+            while not (tmp_path / "ready").exists():
+                assert agent.poll() is None
+                time.sleep(0.05)
+            agent.terminate()
+            agent.wait(40)
+        (tmp_path / "ready").unlink()
+        assert (tmp_path / "saved").exists() == is_saved
 
 
 # Two nodes

@@ -281,9 +281,9 @@ def test_skip_existing_leaves_only_what_lacks_an_output_that_is_asked_for(scans,
         halves().save(scans / f"{name}.png")
     predict_folder(scans, out)
     (out / "b.png").unlink()
-    todo, done = split_existing(plan_predictions([scans], out))
+    todo, done = split_existing(plan_predictions([scans], out), out)
     assert ([task.case_id for task in todo], [task.case_id for task in done]) == (["b"], ["a"])
-    todo, done = split_existing(plan_predictions([scans], out, probabilities=True))
+    todo, done = split_existing(plan_predictions([scans], out, probabilities=True), out)
     assert [task.case_id for task in todo] == ["a", "b"]
 
 

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdseg_cli.core.data.images import read_label_map
 from sdseg_cli.core.data.phantom import make_phantom
 from sdseg_cli.core.data.prepared import PreparedDataset
-from sdseg_cli.core.engine.processes import Processes
+from sdseg_cli.core.engine.processes import Processes, is_lost
 from sdseg_cli.core.engine.training import Training
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.recipe import recipe_to_yaml
@@ -364,3 +365,22 @@ def test_accelerate_launch_starts_two_processes_too(tiny_recipe, trained, tmp_pa
     assert run.read_run_json()["processes"] == 2
     losses = [record["loss"] for record in run.read_metrics() if "loss" in record]
     assert losses == pytest.approx(trained(recipe, tmp_path / "alone").losses, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"), True),
+        (
+            torch.distributed.DistBackendError("ncclRemoteError: A call failed possibly due to a network"),
+            True,
+        ),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (torch.distributed.DistBackendError("NCCL error: ncclInvalidUsage. Duplicate GPU detected"), False),
+        (RuntimeError("Distributed package doesn't have NCCL built in"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_an_error_is_a_lost_process_only_where_it_says_so(error, lost):
+    assert is_lost(error) == lost

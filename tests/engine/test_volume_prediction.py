@@ -81,6 +81,18 @@ def save(path: Path, voxels: np.ndarray | None = None) -> Path:
     return path
 
 
+def save_series(folder: Path, letter: str, slices: int) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    image = sitk.GetImageFromArray(np.full((slices, 6, 7), 300, np.int16))
+    for k in range(slices):
+        path = folder / f"{letter}{k}.dcm"
+        sitk.WriteImage(image[:, :, k : k + 1], str(path))
+        data = pydicom.dcmread(path)
+        data.SeriesInstanceUID, data.SeriesDescription = f"1.2.{ord(letter)}", f"Series {letter}"
+        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 3.0 * k], [1, 0, 0, 0, 1, 0]
+        data.save_as(path)
+
+
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
     (tmp_path / "scans").mkdir()
@@ -193,16 +205,8 @@ def test_names_that_differ_only_in_their_suffix_keep_it(scans, out):
 
 
 def test_series_of_a_folder_give_a_mask_each_and_strays_are_told(scans, out):
-    pydicom = pytest.importorskip("pydicom")
-    for letter, slices in (("A", 3), ("B", 2)):
-        image = sitk.GetImageFromArray(np.full((slices, 6, 7), 300, np.int16))
-        for k in range(slices):
-            path = scans / f"{letter}{k}.dcm"
-            sitk.WriteImage(image[:, :, k : k + 1], str(path))
-            data = pydicom.dcmread(path)
-            data.SeriesInstanceUID, data.SeriesDescription = f"1.2.{ord(letter)}", f"Series {letter}"
-            data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 3.0 * k], [1, 0, 0, 0, 1, 0]
-            data.save_as(path)
+    save_series(scans, "A", 3)
+    save_series(scans, "B", 2)
     (scans / "notes.txt").write_text("x")
     strays = []
     tasks = plan_predictions([scans], out, on_stray=lambda path, reason: strays.append(path.name))
@@ -212,6 +216,46 @@ def test_series_of_a_folder_give_a_mask_each_and_strays_are_told(scans, out):
     records = list(predict_files(tasks, BrightIsForeground(), volumes=VolumeSettings((0, 100))))
     assert [record.slices for record in records] == [3, 2], records
     assert read_label_volume(out / "Series_A.nii.gz").geometry.shape == (7, 6, 3)
+
+
+@pytest.mark.faults(25)
+@pytest.mark.parametrize("when", ["a slice is rewritten", "a slice is gone"])
+def test_a_slice_that_changes_while_its_series_is_read_fails_the_series(when, scans, out, monkeypatch):
+    from sdseg_cli.core.engine import volume_prediction
+
+    save_series(scans, "A", 3)
+    read = volume_prediction.read_series
+
+    def while_another_writes(series, **options):
+        volume = read(series, **options)
+        last = series.files[-1]
+        last.unlink() if "gone" in when else last.write_bytes(last.read_bytes() + bytes(2))
+        return volume
+
+    monkeypatch.setattr(volume_prediction, "read_series", while_another_writes)
+    (record,) = run(scans, out)
+    assert record.status == "failed"
+    assert ("changed while it was read" if "rewritten" in when else "gone since the start") in record.error
+    assert not list(out.glob("*.nii.gz"))
+
+
+@pytest.mark.faults(25)
+def test_voxels_beside_a_header_that_change_while_they_are_read_fail_the_volume(tmp_path, out, monkeypatch):
+    from sdseg_cli.core.engine import volume_prediction
+
+    volume = sitk.GetImageFromArray(np.zeros((3, 4, 5), np.int16))
+    (tmp_path / "only").mkdir()
+    sitk.WriteImage(volume, tmp_path / "only" / "a.nhdr")
+    read = volume_prediction.read_volume
+
+    def while_another_writes(path, **options):
+        found = read(path, **options)
+        (tmp_path / "only" / "a.raw").write_bytes(bytes(121))
+        return found
+
+    monkeypatch.setattr(volume_prediction, "read_volume", while_another_writes)
+    (record,) = run(tmp_path / "only", out)
+    assert (record.status, "its file a.raw changed while it was read" in record.error) == ("failed", True)
 
 
 def test_memory_grows_no_faster_than_the_voxels_of_a_volume(scans, out):

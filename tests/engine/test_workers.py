@@ -101,7 +101,8 @@ def test_a_killed_worker_loses_only_its_own_cases_and_a_rerun_completes_them(
     assert again.exitcode == 0, again.log()
     assert masks(out) == expected
     assert sorted(row["file"] for row in rows(out)) == sorted(expected)  # each once
-    assert {row["status"] for row in rows(out)} == {"done", "skipped"}
+    # A mask that it had no time to list is made again.
+    assert {row["status"] for row in rows(out)} <= {"done", "skipped"}
     assert json.loads((out / "prediction.json").read_text())["status"] == "finished"
     assert not list(out.glob(".sdseg-*"))
 

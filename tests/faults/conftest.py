@@ -49,7 +49,7 @@ def sdseg(capsys) -> Iterator[Callable[..., Ended]]:
         printed = capsys.readouterr()
         return Ended(int(end.value.code or 0), printed.out, " ".join(printed.err.split()))
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

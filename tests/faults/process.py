@@ -6,6 +6,7 @@ Given as globals: ARGUMENTS, LOG (file for both outputs) and HARDSHIPS (name -> 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 NO_SMALL_DISK = 77  # exit code where the machine lets nobody mount one
 _NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS of linux/sched.h
@@ -52,6 +54,22 @@ def stuck_step(step: int, sign: str) -> None:
         return rate(number, recipe)
 
     training.learning_rate_at = stuck
+
+
+def stuck_call(place: str, sign: str) -> None:
+    """Let a call of ``place`` (``module:attribute``) take for ever; ``sign`` is a file that tells of it."""
+    module, attribute = place.split(":")
+    owner: Any = importlib.import_module(module)
+    *classes, name = attribute.split(".")
+    for inner in classes:
+        owner = getattr(owner, inner)
+
+    def stuck(*_: object, **__: object) -> None:
+        Path(sign).touch()
+        while True:
+            time.sleep(0.02)
+
+    setattr(owner, name, stuck)
 
 
 def slow_predictions(seconds: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -361,9 +362,25 @@ def run_seeds() -> list[Files]:
             "recipe.yaml": (resources_root() / "kseg-fast.yaml").read_bytes(),
             "metrics.jsonl": b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n{"step": 2, "va',
             "model/model_index.json": b"{}",
-            "checkpoints/step-000004/checkpoint.json": json.dumps(step).encode(),
+            "checkpoints/step-000004/manifest.json": json.dumps(step).encode(),
             "checkpoints/step-000004/model.safetensors": b"",
         }
+    ]
+
+
+def manifest_seeds() -> list[Files]:
+    config, mask = b"{}", b"mask"
+    sums = {"config.json": hashlib.sha256(config).hexdigest()}
+    manifest = {"kind": "autoencoder", "files": sums, "bytes": {"config.json": len(config)}}
+    lines: list[dict[str, Any]] = [
+        {"call": "a", "time": 1.5, "command": ["sdseg"], "planned": ["a.png", "b.png"]},
+        {"call": "a", "time": 2.5, "removed": ["b.png"]},
+        {"call": "a", "time": 3, "files": {"a.png": hashlib.sha256(mask).hexdigest()}, "bytes": {"a.png": 4}},
+    ]
+    journal = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return [
+        {"manifest.json": json.dumps(manifest).encode(), "config.json": config},
+        {"prediction.json": b"{}", "a.png": mask, "b.png": mask, "provenance/a.jsonl": journal},
     ]
 
 
@@ -740,6 +757,20 @@ def run_directory(given: Path, out: Path) -> None:
     _refuse("; ".join(filter(None, said[:3])))
 
 
+def manifest(given: Path, out: Path) -> None:
+    from sdseg_cli.core.errors import SdsegError
+    from sdseg_cli.core.integrity import refuse_altered
+    from sdseg_cli.core.manifest import unfinished
+    from sdseg_cli.core.verification import find_parts
+
+    refused = _allowed(lambda: refuse_altered(given), SdsegError)
+    unfinished(given)
+    parts = find_parts(given)
+    found = [str(one) for part in parts for one in part.differences]
+    found += [str(part.compare(name) or "") for part in parts for part, name in part.files()]
+    _refuse("; ".join(filter(None, [refused, *found])))
+
+
 def archive(given: Path, out: Path) -> None:
     from sdseg_cli.core.data.archives import is_archive, unpack
 
@@ -801,6 +832,7 @@ PARSERS: dict[str, Parser] = {
     "run": Parser(
         run_directory, run_seeds, {".json": damage_json, ".jsonl": damage_text, ".yaml": damage_text}
     ),
+    "manifest": Parser(manifest, manifest_seeds, {".json": damage_json, ".jsonl": damage_text}),
     "png": Parser(picture, png_seeds, {"": damage_png}),
     "jpeg": Parser(picture, jpeg_seeds, {"": damage}),
     "tiff": Parser(picture, tiff_seeds, {"": damage}, share=1.5),

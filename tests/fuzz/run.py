@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import shutil
 import sys
@@ -139,7 +140,7 @@ def _keep(place: Path, keep: Path | None, name: str, number: int, outcome: Outco
 def shares(inputs: int, names: Sequence[str]) -> dict[str, int]:
     """How many inputs each parser gets of all."""
     whole = sum(PARSERS[name].share for name in names)
-    return {name: max(1, round(inputs * PARSERS[name].share / whole)) for name in names}
+    return {name: math.ceil(inputs * PARSERS[name].share / whole) for name in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+import torch
 
-from sdseg_cli.core.data.archives import unpacked
+from sdseg_cli.core.data.archives import is_archive, unpacked
 from sdseg_cli.core.data.dicom import find_series, read_series
 from sdseg_cli.core.data.nnunet import read_nnunet
 from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.data.slicing import apply_window, own_window
 from sdseg_cli.core.data.volumes import read_volume
-from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.errors import DataError, ModelError
+from sdseg_cli.core.files import is_zip
+from sdseg_cli.core.model.checkpoint_file import read_state_dict
+from sdseg_cli.core.model.image_encoder import KLImageEncoder
+from sdseg_cli.core.model.official import encoder_shape, unet_shape
+from sdseg_cli.core.model.unet import SDSegUNet
 from tests.fuzz.parsers import dicom_seeds
 
 pytestmark = pytest.mark.faults
@@ -178,9 +187,10 @@ def archive_of(kind: str, names: dict[str, bytes], path: Path) -> Path:
     ],
     ids=["file then folder", "folder then file", "too long"],
 )
-def test_names_that_no_disk_can_hold_are_the_archives_fault(kind, names, tmp_path):
+def test_names_that_this_disk_cannot_hold_are_told_with_their_place(kind, names, tmp_path):
     archive = archive_of(kind, names, tmp_path / f"a.{kind}")
-    with pytest.raises(DataError, match="damaged or cut short"), unpacked(archive, tmp_path / "work"):
+    told = rf"{archive.name}: '[aé/b]+' cannot be made in .*/work \(.*unpack it by hand, elsewhere"
+    with pytest.raises(DataError, match=told), unpacked(archive, tmp_path / "work"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]
 
@@ -252,3 +262,73 @@ def test_a_dicom_slice_that_decodes_to_another_shape_than_its_header_says_is_ref
     monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda _: np.zeros((6, 7, 2), np.int16)))
     with pytest.raises(DataError, match=r"cannot be read as DICOM.*reshape"):
         read_series(series)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "told"),
+    [
+        ("ImageOrientationPatient", [1, 0, 0, 1, 0, 0], "the slices are 0 mm apart"),
+        ("ImageOrientationPatient", [1, 0, 0, 1, 1e-6, 0], "lays two array axes on one line"),
+        ("SpacingBetweenSlices", "1e999", "SpacingBetweenSlices or SliceThickness is inf mm"),
+        ("ImagePositionPatient", ["1e999", 0, 0], "ImagePositionPatient or .* is no number"),
+        ("PixelSpacing", ["1e300", 1], r"PixelSpacing is 1e\+300 x 1 mm"),
+    ],
+)
+def test_a_dicom_slice_that_lies_nowhere_is_refused(tag, value, told, tmp_path):
+    """They went on to a mask's geometry, where the linear algebra gave up."""
+    name, content = next(iter(dicom_seeds()[0].items()))
+    data = pydicom.dcmread(io.BytesIO(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's own of a number that is none
+        setattr(data, tag, value)
+        data.save_as(tmp_path / Path(name).name)
+    (series,) = find_series(list(tmp_path.iterdir())).series
+    with pytest.raises(DataError, match=told):
+        read_series(series)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e20, -3e38])
+def test_a_constant_volume_has_a_window_however_large_its_value(value):
+    low, high = own_window(np.full((2, 3, 4), value, np.float32))
+    assert low < high
+    assert apply_window(np.full(3, value, np.float32), (low, high)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize(
+    ("read", "key"),
+    [
+        (encoder_shape, "encoder.down.0.block.0.conv1.weight"),
+        (encoder_shape, "encoder.conv_out.weight"),
+        (unet_shape, "input_blocks.0.0.weight"),
+        (unet_shape, "label_emb.weight"),
+    ],
+)
+def test_a_weight_without_its_dimensions_tells_no_architecture(read, key, shape):
+    kernel = torch.zeros(4, 4, 1, 1)
+    names = ["encoder.down.0.block.0.conv1.weight", "encoder.conv_out.weight", "out.2.weight"]
+    names += [f"input_blocks.{index}.0.out_layers.3.weight" for index in (0, 1)]
+    state = {**dict.fromkeys([*names, "input_blocks.0.0.weight"], kernel), key: torch.zeros(shape)}
+    with pytest.raises(ModelError, match=rf"{re.escape(key)} of the checkpoint has the shape \(.*expected"):
+        read(state)
+
+
+@pytest.mark.parametrize(
+    ("network", "key"), [(KLImageEncoder, "levels"), (KLImageEncoder, "blocks"), (SDSegUNet, "blocks")]
+)
+def test_a_configuration_of_ten_thousands_of_layers_is_refused_before_they_are_built(network, key):
+    with pytest.raises(ValueError, match="65536"):
+        network(**{key: 65536})
+
+
+def test_a_zip_that_says_it_spans_disks_is_no_zip(tmp_path):
+    """The standard library's test of whether it is one raises."""
+    path = tmp_path / "a.ckpt"
+    locator = b"PK\x06\x07" + bytes(4) + bytes(8) + (9).to_bytes(4, "little")
+    path.write_bytes(b"PK\x03\x04" + bytes(60) + locator + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(zipfile.BadZipFile, match="multiple disks"):
+        zipfile.is_zipfile(path)
+    assert not is_zip(path)
+    assert not is_archive(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_state_dict(path)

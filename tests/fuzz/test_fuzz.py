@@ -100,7 +100,7 @@ def test_the_inputs_are_shared_out_over_the_parsers():
     counts = shares(10_000, list(PARSERS))
     assert counts.keys() == PARSERS.keys()
     assert min(counts.values()) > 50
-    assert sum(counts.values()) == pytest.approx(10_000, abs=len(PARSERS))
+    assert 10_000 <= sum(counts.values()) <= 10_000 + len(PARSERS)
 
 
 def test_the_command_counts_and_ends_with_zero(tmp_path, capsys):

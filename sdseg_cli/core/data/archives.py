@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.files import is_zip
 
 MAX_BYTES = 32 * 2**30
 """Largest sum of unpacked files."""
@@ -31,7 +32,7 @@ _DAMAGE = (
     # The last two: tarfile reads a header's extension in one piece, whatever size it claims.
     *(EOFError, NotImplementedError, OverflowError, MemoryError),
 )
-# What the names in an archive lead to on a sound disk: too long, or a file and a folder at once.
+# What a name in an archive leads to: too long, a file and a folder at once, or nothing for this disk.
 _OF_THE_NAMES = frozenset(
     {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
 )
@@ -43,7 +44,7 @@ def is_archive(path: Path) -> bool:
     """Whether a file is, or by its name claims to be, an archive."""
     name = path.name.lower()
     claims = name.endswith((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz"))
-    return path.is_file() and (claims or zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    return path.is_file() and (claims or is_zip(path) or tarfile.is_tarfile(path))
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def unpack(
     try:
         with archive.open("rb") as file:
             magic = file.read(8)
-        if zipfile.is_zipfile(archive):
+        if is_zip(archive):
             _unpack_zip(archive, folder, budget)
         elif tarfile.is_tarfile(archive):
             _unpack_tar(archive, folder, budget)
@@ -95,6 +96,8 @@ def unpack(
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in {None, *_OF_THE_NAMES}:
             raise  # the disk, not the archive
+        if isinstance(error, OSError) and error.filename is not None:
+            raise _impossible(archive, folder, error) from error
         raise _damaged(archive, error) from error
 
 
@@ -226,6 +229,15 @@ def _damaged(archive: Path, error: Exception) -> DataError:
     return DataError(
         f"{archive}: the archive is damaged or cut short ({str(error) or type(error).__name__}). "
         "Delete it and fetch it again; nothing was unpacked."
+    )
+
+
+def _impossible(archive: Path, folder: Path, error: OSError) -> DataError:
+    name = str(error.filename).removeprefix(f"{folder}/")
+    return DataError(
+        f"{archive}: {name[:200]!r} cannot be made in {folder.parent} ({error.strerror}): the name is one "
+        "that this disk does not take, too long, or a file's and a folder's at once. Nothing was kept: "
+        "unpack it by hand, elsewhere, and give the folder as --source."
     )
 
 

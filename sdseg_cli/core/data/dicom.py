@@ -19,7 +19,7 @@ import numpy as np
 
 from sdseg_cli.core.data.geometry import SHEAR_DEGREES, VolumeGeometry, geometry_from_lps
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
-from sdseg_cli.core.data.volume_files import MAX_VOXELS, volume_suffix
+from sdseg_cli.core.data.volume_files import MAX_VOXELS, check_affine, volume_suffix
 from sdseg_cli.core.data.volumes import Volume, finite
 from sdseg_cli.core.errors import DataError
 
@@ -30,6 +30,7 @@ _DIRECTION_TOLERANCE = 1e-3  # of the six direction cosines
 _COUNTS = ("NumberOfSlices", "ImagesInAcquisition")  # where a header states how many slices there are
 _IRREGULAR = 0.1  # of the spacing: slices further from a regular grid are refused
 _NOTED = 0.01
+_LARGEST_MM = 1e6  # between pixels or slices
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
             is_slice = modality not in _NO_IMAGES and bool(header.get("Rows"))
             description = str(header.get("SeriesDescription", "") or "")
         except Exception as error:  # a damaged header raises almost anything
-            strays.append((path, f"cannot be read as DICOM ({_said(error)})"))
+            strays.append((path, f"cannot be read as DICOM ({without_values(error)})"))
             continue
         if modality in _NO_IMAGES or (uid and not is_slice):
             strays.append((path, f"holds no image slice (modality {modality})"))
@@ -198,7 +199,7 @@ def _usable_headers(series: DicomSeries) -> Iterator[None]:
         raise
     except Exception as error:  # values are decoded when they are asked for; damaged ones raise anything
         raise DataError(
-            f"{series.folder}: series {series.name!r}: its headers cannot be used ({_said(error)}). "
+            f"{series.folder}: series {series.name!r}: its headers cannot be used ({without_values(error)}). "
             "Fetch it again."
         ) from error
 
@@ -245,7 +246,7 @@ def _series_geometry(
     if not stated:
         notes.append("warning: no PixelSpacing is stated; 1 mm is taken, so millilitres mean nothing")
     row_mm, column_mm = (float(value) for value in stated or (1.0, 1.0))
-    if not (row_mm > 0 and column_mm > 0):
+    if not (0 < row_mm < _LARGEST_MM and 0 < column_mm < _LARGEST_MM):
         raise DataError(f"{where}: PixelSpacing is {row_mm:g} x {column_mm:g} mm; expected more than 0.")
     if any(not header.get("ImagePositionPatient") for header in slices):
         if len(slices) > 1:
@@ -257,6 +258,11 @@ def _series_geometry(
         spacing = (column_mm, row_mm, 1.0)
         return geometry_from_lps(size, (0, 0, 0), spacing, tuple(np.eye(3).ravel())), [0]
     directions = np.array([[float(v) for v in header.ImageOrientationPatient] for header in slices])
+    positions = np.array([[float(v) for v in header.ImagePositionPatient] for header in slices])
+    if not (np.isfinite(positions).all() and np.isfinite(directions).all()):
+        raise DataError(
+            f"{where}: ImagePositionPatient or ImageOrientationPatient is no number. Fetch it again."
+        )
     if np.abs(directions - directions[0]).max() > _DIRECTION_TOLERANCE:
         raise DataError(
             f"{where}: its slices point in different directions (a localizer, or several stacks under one "
@@ -264,27 +270,34 @@ def _series_geometry(
         )
     across, down = directions[0, :3], directions[0, 3:]
     normal = np.cross(across, down)
-    positions = np.array([[float(v) for v in header.ImagePositionPatient] for header in slices])
     heights = positions @ normal
     order = [int(index) for index in np.argsort(heights, kind="stable")]
-    step = normal * _single_spacing(slices[0])
+    step = normal * _single_spacing(where, slices[0])
     if len(slices) > 1:
         _refuse_gaps(where, heights[order], notes)
         step = (positions[order[-1]] - positions[order[0]]) / (len(slices) - 1)
         _refuse_bent(where, positions[order], step)
     thick = float(np.linalg.norm(step))
+    if not 0 < thick < _LARGEST_MM:
+        raise DataError(
+            f"{where}: by their ImagePositionPatient and ImageOrientationPatient the slices are {thick:g} mm "
+            "apart; expected more than 0. Fetch the series again."
+        )
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / thick, -1, 1))))
     if tilt > SHEAR_DEGREES:
         notes.append(f"warning: gantry tilt of {tilt:.2f} degrees; the sheared geometry is kept as it is")
     direction = np.stack([across, down, step / thick], axis=1)
     spacing = (column_mm, row_mm, thick)
     geometry = geometry_from_lps(size, tuple(positions[order[0]]), spacing, tuple(direction.ravel()))
+    check_affine(series.folder, geometry.affine)
     return geometry, order
 
 
-def _single_spacing(header: Any) -> float:
-    value = header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0
-    return abs(float(value)) or 1.0
+def _single_spacing(where: str, header: Any) -> float:
+    value = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)) or 1.0
+    if not value < _LARGEST_MM:
+        raise DataError(f"{where}: SpacingBetweenSlices or SliceThickness is {value:g} mm. Fetch it again.")
+    return value
 
 
 def _refuse_gaps(where: str, heights: np.ndarray, notes: list[str]) -> None:
@@ -382,12 +395,12 @@ def _damaged(path: Path, error: BaseException) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: the file is gone since the start. Fetch the series again.")
     return DataError(
-        f"{path}: cannot be read as DICOM ({_said(error)}). It is damaged or cut short: fetch the series "
-        "again."
+        f"{path}: cannot be read as DICOM ({without_values(error)}). It is damaged or cut short: fetch the "
+        "series again."
     )
 
 
-def _said(error: BaseException) -> str:
+def without_values(error: BaseException) -> str:
     """What a library said, without the values it quotes: in a damaged file they may be a patient's name."""
     lines = str(error).strip().splitlines()
     return re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", lines[-1]) if lines else type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdseg_cli import __version__
-from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers
+from sdseg_cli.core.data.dicom import DicomSeries, sorted_headers, without_values
 from sdseg_cli.core.data.dicom_codes import SegmentCode
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.volume_files import MAX_VOXELS
@@ -108,7 +108,10 @@ def read_dicom_seg(path: Path, series: DicomSeries) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # a damaged file raises almost anything
-        raise DataError(f"{path}: cannot be read as a DICOM-SEG of {series.name!r} ({error}).") from error
+        raise DataError(
+            f"{path}: cannot be read as a DICOM-SEG of {series.name!r} ({without_values(error)}). Make it "
+            "again, or name the series that it was made of."
+        ) from error
     return np.asarray(frames).astype(np.uint8).transpose(2, 1, 0)
 
 

@@ -30,7 +30,7 @@ from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest,
 from sdseg_cli.core.data.slicing import Axis
 from sdseg_cli.core.data.splits import Split, split_to_yaml
 from sdseg_cli.core.data.volume_files import volume_suffix
-from sdseg_cli.core.errors import DataError, Interrupted, SdsegError
+from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import refuse_existing, sha256_of, whole_folder
 from sdseg_cli.core.grid import Box, Grid, Resize
 
@@ -303,8 +303,6 @@ def _convert(case: RawCase, geometry: Geometry, split: str) -> _Converted | Prob
             pixels.append(counts)
             digests.append(digest)
         sources = _source_hashes(case)
-    except Interrupted:
-        raise  # the end of everything, not a fault of this case
     except SdsegError as error:
         return Problem(case.case_id, str(error))
     except OSError as error:
@@ -626,9 +624,9 @@ class _Tables:
         }
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for split, writer in self._writers.items():
-            if self._waiting[split]:
+            if self._waiting[split] and kind is None:  # after a failure all of it is thrown away
                 self._write(split)
             writer.close()
 

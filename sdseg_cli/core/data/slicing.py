@@ -122,4 +122,5 @@ def own_window(values: np.ndarray) -> tuple[float, float]:
     flat = values.ravel(order="K")
     step = max(1, flat.size // _SAMPLE) | 1  # odd, so that it never stays in step with rows of even length
     low, high = (float(value) for value in np.percentile(flat[::step].astype(np.float64), (0.5, 99.5)))
-    return (low, high) if low < high else (low, low + 1.0)
+    # Beside 1e20 a one is nothing: the width grows with the value.
+    return (low, high) if low < high else (low, low + max(1.0, abs(low) * 1e-6))

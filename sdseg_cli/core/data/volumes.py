@@ -9,7 +9,6 @@ import contextlib
 import errno
 import gzip
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sdseg_cli.core.data.geometry import SHEAR_DEGREES, VolumeGeometry
+from sdseg_cli.core.data.itk_headers import MAX_BYTES, read_header
 from sdseg_cli.core.data.volume_files import (
     SUFFIX_FORMATS,
     FileFormat,
@@ -79,11 +79,15 @@ def is_volume(path: str | Path) -> bool:
 
 def files_of_volume(path: Path) -> list[Path]:
     """The files that a volume lies in: itself, and the one its header names for the voxels."""
-    if path.suffix.lower() not in (".nhdr", ".mhd"):
+    suffix = volume_suffix(path)
+    if suffix is None or SUFFIX_FORMATS[suffix] == "nifti" or not path.is_file():
         return [path]
-    named = re.search(rb"(?im)^(?:data ?file:|ElementDataFile *=) *(.+?)\s*$", path.read_bytes())
-    voxels = path.parent / named[1].decode("utf-8", "replace") if named else path
-    return [path, voxels] if voxels != path and voxels.is_file() else [path]
+    try:
+        with path.open("rb") as file:
+            voxels = read_header(path, file.read(MAX_BYTES)).data
+    except DataError:  # which reading it tells better
+        return [path]
+    return [path] if voxels == path else [path, voxels]
 
 
 def read_volume(path: str | Path, *, nan_fill: float | None = None) -> Volume:

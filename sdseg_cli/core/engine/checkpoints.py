@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from sdseg_cli.core.engine.processes import Processes
 from sdseg_cli.core.errors import ModelError, SdsegError, is_disk_full
-from sdseg_cli.core.files import atomic_folder, sha256_of
-from sdseg_cli.core.manifest import MANIFEST_FILE, write_manifest
+from sdseg_cli.core.files import atomic_folder
+from sdseg_cli.core.integrity import DAMAGE, MANIFEST_FILE, checked_sums, first_altered, read_object
+from sdseg_cli.core.manifest import write_manifest
 from sdseg_cli.core.run_directory import RunDirectory
 
 _AVERAGES = "averages.safetensors"
@@ -166,9 +166,9 @@ def load_checkpoint(
 
 def _verify(run: RunDirectory, checkpoint: Path) -> dict:
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_object(checkpoint / MANIFEST_FILE)
         problem = _altered(checkpoint, manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *DAMAGE) as error:
         problem = str(error)
     if problem:
         good = next((c for c in reversed(run.all_checkpoints()[:-1]) if _is_whole(c)), None)
@@ -185,16 +185,11 @@ def _altered(checkpoint: Path, manifest: dict) -> str:
     """Name the first file that is not as it was written, or give ""; a manifest of another form raises."""
     Progress(**manifest["progress"])
     str.encode(manifest["dataset"])
-    for name, expected in manifest["files"].items():
-        found = sha256_of(checkpoint / name)
-        if found != expected:
-            return f"{name} is altered: SHA-256 {found[:12]}, expected {expected[:12]}"
-    return ""
+    return first_altered(checkpoint, checked_sums(manifest["files"]))
 
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return not _altered(checkpoint, manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return not _altered(checkpoint, read_object(checkpoint / MANIFEST_FILE))
+    except (OSError, *DAMAGE):
         return False

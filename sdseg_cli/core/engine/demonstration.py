@@ -47,7 +47,7 @@ from sdseg_cli.core.reporting.page import (
     format_duration,
     webp_source,
 )
-from sdseg_cli.core.run_directory import RunDirectory, library_versions, now
+from sdseg_cli.core.run_directory import RunDirectory, library_versions, now, processor_name
 
 KIND: Literal["endoscopy"] = "endoscopy"
 SHEET_SIDE = 1400  # pixels
@@ -402,7 +402,9 @@ def _facts(
             "with the recipe's number of draws"
         ),
         "Empty masks": scores["convention_meaning"],
-        "Machine": f"{_processor()}, {platform.system()} {platform.machine()}; {record.get('device', '')}",
+        "Machine": (
+            f"{processor_name()}, {platform.system()} {platform.machine()}; {record.get('device', '')}"
+        ),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
     }
     return tuple((name, value) for name, value in facts.items() if value)
@@ -451,12 +453,3 @@ def _picture_source(path: Path) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "CPU"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sdseg_cli.core.run_directory import processor_name
+
 _LABELS = {
     "processes": "processes",
     "device": "device",
     "precision": "precision",
+    "processor": "processor",
     "torch": "PyTorch",
     "gradient_accumulation": "train.gradient_accumulation",
     "compile": "train.compile",
@@ -27,6 +30,8 @@ def circumstances(
     return {
         "processes": processes,
         "device": device,
+        # Its vector units decide the order of the sums; beside a GPU it adds up nothing.
+        "processor": processor_name() if device.startswith("cpu") else None,
         "precision": precision,
         "torch": torch.__version__,
         "gradient_accumulation": gradient_accumulation,

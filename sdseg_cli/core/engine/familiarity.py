@@ -72,7 +72,8 @@ def look_at(image: np.ndarray, grid: Grid, spacing_mm: Sequence[float] | None = 
     inside = image[top : top + height, left : left + width].astype(np.float32)
     spread = float((inside.max(axis=-1) - inside.min(axis=-1)).mean())
     red, green, blue = (float(value) for value in inside.mean(axis=(0, 1)))
-    pixel_mm = None if spacing_mm is None else math.sqrt(spacing_mm[-2] * spacing_mm[-1])
+    known = spacing_mm is not None and min(spacing_mm[-2:]) > 0  # a header may say 0
+    pixel_mm = math.sqrt(spacing_mm[-2] * spacing_mm[-1]) if known and spacing_mm is not None else None
     side = max(grid.height, grid.width)
     is_slice = spacing_mm is not None and len(spacing_mm) == 3
     return Look(float(inside.mean()), spread > GREY_LEVELS, side, (red, green, blue), pixel_mm, is_slice)

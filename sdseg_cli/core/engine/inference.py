@@ -25,7 +25,7 @@ from sdseg_cli.core.engine.acceleration import (
 )
 from sdseg_cli.core.engine.familiarity import Look, observed, unfamiliar
 from sdseg_cli.core.engine.postprocessing import keep_largest_components
-from sdseg_cli.core.errors import OutOfMemoryError, UsageError
+from sdseg_cli.core.errors import Interrupted, OutOfMemoryError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Grid, Resize
 from sdseg_cli.core.model.exported import ExportedModel, load_exported
@@ -187,7 +187,7 @@ class Predictor:
                 try:
                     batch = list(islice(stream, self.batch_size))
                     samples = self._sample(batch) if batch else []
-                except Exception:  # whatever ends this, what was predicted is not lost
+                except (Exception, Interrupted):  # whatever ends this, what was predicted is not lost
                     yield from (future.result() for future in waiting)
                     raise
                 if not batch:

@@ -13,7 +13,7 @@ import io
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from sdseg_cli.core.engine.prediction_plan import (
     remove_outputs,
     split_existing,
 )
-from sdseg_cli.core.errors import DataError, SdsegError
+from sdseg_cli.core.errors import DataError, Interrupted, SdsegError
 from sdseg_cli.core.files import sha256_of, write_whole
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.overlap import draw_agreement
@@ -131,7 +131,7 @@ def predict_files(
     writers: int = 2,
     volumes: VolumeSettings | None = None,
     on_written: OnWritten = _ignore_written,
-) -> Iterator[CasePrediction]:
+) -> Generator[CasePrediction]:
     """Predict every image, then every volume; nothing happens until the records are read.
 
     A case that cannot be read, or whose outputs cannot be written, is a record with status ``failed``; the
@@ -150,7 +150,8 @@ def predict_files(
 
     Raises:
         DataError: the disk is full or read-only. The records of all that was written come first.
-        SdsegError: whatever stops the predictor itself, also after the records of what was written.
+        SdsegError, Interrupted: whatever stops the predictor itself, also after the records of what was
+            written.
     """
     clock = _Clock()
     later: list[PredictionTask] = []
@@ -177,10 +178,13 @@ def _told(outcome: CasePrediction | Exception, on_written: OnWritten) -> CasePre
         return outcome
     try:
         on_written(outcome)
-    except OSError as error:
+    except BaseException as error:
         for path in outcome.outputs:
-            path.unlink(missing_ok=True)
-        return error
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if isinstance(error, OSError):
+            return error
+        raise
     return outcome
 
 
@@ -199,7 +203,7 @@ def _predict_images(
     writing = ThreadPoolExecutor(writers, thread_name_prefix="sdseg-write")
     stream = _ReadStream(tasks, predictor, reading, ahead=2 * readers)
     written: deque[tuple[PredictionTask, Future[CasePrediction]]] = deque()
-    stop: SdsegError | None = None
+    stop: SdsegError | Interrupted | None = None
 
     def settle(most: int) -> Iterator[CasePrediction]:
         """Yield what was written, oldest first, until at most ``most`` writes are under way."""
@@ -219,7 +223,7 @@ def _predict_images(
         while stop is None:
             try:
                 prediction = next(predictions, None)
-            except SdsegError as error:
+            except (SdsegError, Interrupted) as error:
                 stop = error
                 break
             yield from stream.take_failures()

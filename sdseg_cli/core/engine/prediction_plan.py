@@ -20,6 +20,7 @@ from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.manifest import unfinished
 
 if TYPE_CHECKING:
     from sdseg_cli.core.data.dicom import DicomSeries
@@ -190,12 +191,16 @@ class Shard:
         return list(tasks[self.number - 1 :: self.count])
 
 
-def split_existing(tasks: Sequence[PredictionTask]) -> tuple[list[PredictionTask], list[PredictionTask]]:
-    """Separate the tasks into (to do, already done)."""
+def split_existing(
+    tasks: Sequence[PredictionTask], out: Path
+) -> tuple[list[PredictionTask], list[PredictionTask]]:
+    """Separate the tasks into (to do, already done). A mask that a killed call did not list is not done."""
     todo: list[PredictionTask] = []
     done: list[PredictionTask] = []
+    unlisted = unfinished(out)
     for task in tasks:
-        (done if task.is_done else todo).append(task)
+        is_done = task.is_done and task.mask.relative_to(out).as_posix() not in unlisted
+        (done if is_done else todo).append(task)
     return todo, done
 
 

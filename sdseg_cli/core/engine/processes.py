@@ -12,6 +12,11 @@ from accelerate.utils import gather_object
 
 T = TypeVar("T")
 
+_WORDS_OF_A_LOSS = (
+    *("gloo/transport", "Connection closed by peer", "Connection reset by peer"),
+    *("ncclRemoteError", "remote process exit", "communicator was aborted", "collective operation timeout"),
+)
+
 
 class Processes:
     """The processes of this run, as ``accelerate launch`` or torchrun started them.
@@ -51,11 +56,13 @@ class Processes:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the group is gone: gloo and NCCL have no kind for it."""
-    if isinstance(error, torch.distributed.DistError):
+    """Whether an error says that another process of the group is gone: gloo and NCCL have no kind for it.
+
+    NCCL's other errors, such as two processes on one GPU, are no loss and keep their own words.
+    """
+    if isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError):
         return True
-    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS_OF_A_LOSS)
 
 
 def _leave_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -37,9 +38,6 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> Scan:
         DataError: it cannot be read, changed meanwhile, or a channel is missing or lies elsewhere.
         OSError: a file cannot be opened.
     """
-    if task.series is not None:
-        volume = read_series(task.series, nan_fill=nan_fill)
-        return Scan(volume, (volume.voxels,), sum_of_files(task.series.files))
     paths = task.channels or (task.path,)
     missing = [path.name for path in dict.fromkeys(paths) if task.channels and not path.is_file()]
     if missing:
@@ -47,14 +45,21 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> Scan:
             f"{readable(', '.join(missing))}: missing beside {readable(task.path.name)}. The model was "
             "trained on a file for each channel of a case. Put it there, or leave the case out."
         )
-    before = [path.stat() for path in paths]
-    volumes = {path: read_volume(path, nan_fill=nan_fill) for path in dict.fromkeys(paths)}
-    digest = sum_of_files([file for path in volumes for file in files_of_volume(path)])
-    after = [path.stat() for path in paths]
-    if [(one.st_mtime_ns, one.st_size) for one in before] != [
-        (one.st_mtime_ns, one.st_size) for one in after
-    ]:
-        raise DataError("the file changed while it was read. Predict it again once it is complete.")
+    if task.series is None:
+        files = [file for path in dict.fromkeys(paths) for file in files_of_volume(path)]
+    else:
+        files = list(task.series.files)
+    before = [_state(path) for path in files]
+    if task.series is None:
+        task.path.stat()  # one that is gone since the start is told as such
+        volumes = {path: read_volume(path, nan_fill=nan_fill) for path in dict.fromkeys(paths)}
+    else:
+        volumes = {task.path: read_series(task.series, nan_fill=nan_fill)}
+    digest = sum_of_files(files)
+    for path, state in zip(files, before, strict=True):
+        if _state(path) != state:
+            what = "the file" if path == task.path else f"its file {readable(path.name)}"
+            raise DataError(f"{what} changed while it was read. Predict it again once it is complete.")
     first = volumes[paths[0]]
     for path, volume in volumes.items():
         differences = volume.geometry.differences(first.geometry)
@@ -65,6 +70,15 @@ def read_scan(task: PredictionTask, nan_fill: float | None) -> Scan:
                 "the channels of a case onto one grid."
             )
     return Scan(first, tuple(volumes[path].voxels for path in paths), digest)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is written; None where there is none, which reading it tells."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 class ScanSlices:

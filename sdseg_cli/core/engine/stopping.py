@@ -1,20 +1,43 @@
-"""Signals as a wish to stop: training ends at the next safe place, with everything saved."""
+"""Signals that ask for the end: training ends at the next safe place, with everything saved."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 from collections.abc import Iterator
 from types import FrameType
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Ctrl-C, SIGTERM, and the end of the terminal unless that is to be outlived, as under nohup."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return tuple(found)
+
+
+def leave_terminal(number: int) -> None:
+    """After SIGHUP write nothing to a terminal that is gone: it would fail, and what is done not be saved."""
+    if not hasattr(signal, "SIGHUP") or number != signal.SIGHUP:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 class Stop:
-    """Remembers the first SIGINT or SIGTERM; a second SIGINT ends at once."""
+    """Remembers the first signal; a second SIGINT ends at once."""
 
     signal_number: int | None = None
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Note a signal; the second SIGINT raises KeyboardInterrupt."""
+        leave_terminal(number)
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
@@ -22,10 +45,10 @@ class Stop:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """Collect SIGINT and SIGTERM while the block runs, for it to end where it is safe."""
+    """Collect :func:`stop_signals` while the block runs, for it to end where it is safe."""
     stop = Stop()
     try:
-        previous = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, stop.handle) for number in stop_signals()}
     except ValueError:  # not in the main thread: signals are somebody else's
         yield stop
         return

@@ -72,7 +72,8 @@ from sdseg_cli.core.errors import (
     is_disk_full,
 )
 from sdseg_cli.core.files import atomic_folder
-from sdseg_cli.core.manifest import MANIFEST_FILE, made_with, write_manifest, write_run_manifest
+from sdseg_cli.core.integrity import MANIFEST_FILE
+from sdseg_cli.core.manifest import made_with, write_manifest, write_run_manifest
 from sdseg_cli.core.model.latents import decode_logits, posterior, sample_latents, spatial_factor
 from sdseg_cli.core.model.losses import diffusion_loss, pixel_loss, segmentation_loss
 from sdseg_cli.core.model.weights import quiet_diffusers
@@ -212,7 +213,7 @@ class Training:
             Records of what happens, the same on every process; files are written by the main one.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+            Interrupted: a signal asked for the end; a checkpoint is saved.
             SdsegError: anything a user can mend; the run's status says so.
         """
         self.directory = run

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sdseg_cli.core.data.augmentation import Augmentation
 from sdseg_cli.core.data.prepared import PreparedSlice, SplitView
+from sdseg_cli.core.engine.stopping import stop_signals
 from sdseg_cli.core.seeding import derive_seed, generator_for
 
 
@@ -182,8 +183,8 @@ def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with the training process
     # A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is answered by the training process, which
     # still needs its batches to end its step; it ends the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def masks_of_classes(label_maps: torch.Tensor, num_classes: int) -> torch.Tensor:

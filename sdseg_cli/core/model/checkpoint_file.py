@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdseg_cli.core.errors import ModelError
+from sdseg_cli.core.files import is_zip
 
 _AGAIN = "It may be cut short or damaged: download or copy it again and compare its size."
 _PICKLE = b"\x80"
@@ -68,7 +69,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> object:
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_zip(path)
     with path.open("rb") as file:
         start = file.read(1)
     if not start:

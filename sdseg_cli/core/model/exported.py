@@ -17,6 +17,7 @@ from torch import nn
 from sdseg_cli.core.errors import ModelError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Resize
+from sdseg_cli.core.integrity import refuse_altered
 from sdseg_cli.core.model.pipeline import SDSegPipeline, mirrored_axes, scores_to_probabilities
 from sdseg_cli.core.seeding import generator_for
 
@@ -263,9 +264,10 @@ def load_exported(folder: Path) -> ExportedModel:
     """Load what :func:`export` wrote.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or is not as its manifest says.
         UsageError: its runtime is not installed.
     """
+    refuse_altered(folder)
     try:
         fields = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
         fields["classes"] = tuple(fields["classes"])

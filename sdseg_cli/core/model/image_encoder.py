@@ -18,6 +18,10 @@ from torchvision.ops import FeaturePyramidNetwork
 _FIRST_STRIDE = 8
 
 
+MOST_LEVELS = 8
+MOST_BLOCKS = 16  # residual blocks per stride
+
+
 class KLImageEncoder(ModelMixin, ConfigMixin):
     """The paper's encoder: that of the KL autoencoder, plus a 1x1 convolution (34.2 M weights).
 
@@ -46,6 +50,10 @@ class KLImageEncoder(ModelMixin, ConfigMixin):
         code_channels: int = 8,
     ) -> None:
         super().__init__()
+        if not (1 <= levels <= MOST_LEVELS and 1 <= blocks <= MOST_BLOCKS):  # a damaged file: days to build
+            raise ValueError(
+                f"{levels} levels of {blocks} blocks; expected 1 to {MOST_LEVELS} of 1 to {MOST_BLOCKS}"
+            )
         self.encoder = Encoder(
             in_channels=3,
             out_channels=code_channels,

@@ -236,7 +236,7 @@ def unet_shape(state: State) -> UNetShape:
         channels=tuple(_size(state, f"input_blocks.{index}.0.out_layers.3.weight")[0] for index in first),
         blocks=blocks - 1,
         attended=tuple(f"input_blocks.{index}.1.qkv.weight" in state for index in first),
-        class_embeddings=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        class_embeddings=_size(state, "label_emb.weight")[0] if "label_emb.weight" in state else None,
     )
 
 
@@ -259,10 +259,16 @@ def _count(state: State, pattern: str) -> int:
     return max(map(int, found), default=-1) + 1
 
 
-def _size(state: State, key: str) -> torch.Size:
+def _size(state: State, key: str, *, dimensions: int = 2) -> torch.Size:
     if key not in state:
         raise ModelError(f"the checkpoint lacks {key}, from which the architecture is read.")
-    return state[key].shape
+    size = state[key].shape
+    if len(size) < dimensions or 0 in size:
+        raise ModelError(
+            f"{key} of the checkpoint has the shape {tuple(size)}; expected {dimensions} dimensions or more, "
+            "none of them 0."
+        )
+    return size
 
 
 # Networks -------------------------------------------------------------------------------------------
@@ -364,7 +370,7 @@ def schedule_from(state: State) -> DDIMScheduler:
         ModelError: they are missing, or not of the kind that is linear in the square root of beta.
     """
     for key in ("betas", "alphas_cumprod"):
-        _size(state, key)
+        _size(state, key, dimensions=1)
     # Stored in float32; seven digits give back the number that was written in the configuration.
     start, end = (float(f"{float(state['betas'][i]):.7g}") for i in (0, -1))
     scheduler = make_scheduler("epsilon", len(state["betas"]), start, end)

@@ -11,6 +11,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import nn
 
+from sdseg_cli.core.model.image_encoder import MOST_BLOCKS
+
 
 class SDSegUNet(UNet2DModel):
     """``UNet2DModel`` with a constant head count, and image features joined at its input or at every level.
@@ -49,6 +51,8 @@ class SDSegUNet(UNet2DModel):
         dropout: float = 0.2,
         num_class_embeds: int | None = None,
     ) -> None:
+        if not 1 <= blocks <= MOST_BLOCKS:  # a damaged file: days to build
+            raise ValueError(f"{blocks} residual blocks per level; expected 1 to {MOST_BLOCKS}")
         attended = [2**level in attention_strides for level in range(len(channels))]
         # Undecorated, so that the configuration holds this class's arguments and not the parent's as well.
         UNet2DModel.__init__.__wrapped__(  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sdseg_cli.core.errors import ModelError, UsageError
-from sdseg_cli.core.files import sha256_of
+from sdseg_cli.core.integrity import refuse_altered
 from sdseg_cli.core.model.image_encoder import ImageEncoder, KLImageEncoder, TimmImageEncoder
 from sdseg_cli.core.model.latents import Autoencoder, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -35,7 +34,6 @@ _PUBLISHED = {"model.autoencoder": "kl-f8", "model.unet_weights": "lsun_churches
 _ADVICE = (". If you want to", " Please check", "\n")  # how other libraries go on
 _ADDED = ("class_embedding", "fusions", "attentions")  # of a U-Net, that a published start lacks
 _FILES = ["*.json", "*.safetensors"]  # of a model on the hub: no code and no pickles
-_MANIFEST = "manifest.json"  # {"files": {name: SHA-256}}, as beside checkpoints
 _NAMED = 6  # tensors that an error names before it only counts
 _LOAD_FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -61,6 +59,7 @@ def load_autoencoder(location: str) -> Autoencoder:
 
     Raises:
         UsageError: it cannot be had; the message says where to put it and which recipe needs none.
+        ModelError: it is not as its manifest says.
     """
     quiet_diffusers()
     if location == "builtin":
@@ -84,6 +83,7 @@ def _load(location: str, what: str, key: str) -> Autoencoder:
     expected = "config.json and diffusion_pytorch_model.safetensors"
     if location.startswith((".", "/", "~")) and not Path(location).exists():
         raise _missing(location, what, key, expected)  # a path: the hub is not asked
+    refuse_altered(Path(location))
     try:
         config = AutoencoderKL.load_config(location)
         kind = classes.get(str(config.get("_class_name")), AutoencoderKL)
@@ -106,6 +106,7 @@ def load_published_autoencoder(location: str) -> AutoencoderKL:
     """
     quiet_diffusers()
     is_folder = Path(location).is_dir()
+    refuse_altered(Path(location))
     subfolders = [None] if is_folder and not (Path(location) / "vae").is_dir() else ["vae", None]
     problems = []
     for subfolder in subfolders:
@@ -153,6 +154,7 @@ def load_referenced_autoencoder(location: str, sha256: str) -> Autoencoder:
         "Put it back there, or make the model again with a copy of its autoencoder (sdseg train with "
         "train.embed_autoencoder=true; sdseg convert without --autoencoder)."
     )
+    refuse_altered(Path(location))  # which has a remedy of its own
     try:
         autoencoder = load_any_autoencoder(location)
     except ModelError as error:
@@ -384,6 +386,7 @@ def _load_state(
         path = path / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise _missing(location, "weights", key, "diffusion_pytorch_model.safetensors")
+    refuse_altered(path.parent)
     try:
         state = load_file(path)
         module.load_state_dict(fit(state) if fit else state)
@@ -405,7 +408,7 @@ def load_pipeline(location: str) -> SDSegPipeline:
     try:
         # The pipeline's own download takes sdseg's classes for code that the repository should hold.
         folder = location if Path(location).is_dir() else snapshot_download(location, allow_patterns=_FILES)
-        _refuse_altered(Path(folder))
+        refuse_altered(Path(folder))
         pipeline = SDSegPipeline.from_pretrained(folder, use_safetensors=True)
         for name, component in pipeline.components.items():
             referred = name == "autoencoder" and pipeline.config.get("autoencoder_reference")
@@ -426,27 +429,6 @@ def load_pipeline(location: str) -> SDSegPipeline:
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _refuse_altered(folder: Path) -> None:
-    """Compare weights and configurations with the folder's manifest, if there is one.
-
-    safetensors has no checksum of its own: with a flipped bit it loads, as another model.
-    """
-    manifest = folder / _MANIFEST
-    if not manifest.is_file():
-        return
-    listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    for name, expected in listed.items():
-        file = folder / name
-        if file.suffix not in (".safetensors", ".json") or not file.is_file():
-            continue  # what is missing is named by whoever needs it
-        found = sha256_of(file)
-        if found != expected:
-            raise ModelError(
-                f"{file} is altered: SHA-256 {found[:12]}, expected {str(expected)[:12]} by {manifest}. "
-                "Restore the file, or copy the whole folder again."
-            )
 
 
 def _hub_remedy(location: str, error: BaseException) -> str:
@@ -472,9 +454,11 @@ def replace_decoder(pipeline: SDSegPipeline, location: str) -> None:
 
     Raises:
         UsageError: there is none, or it was made for another autoencoder.
+        ModelError: it is not as its manifest says.
     """
     quiet_diffusers()
     folder = Path(location)
+    refuse_altered(folder)
     remedy = "Make one with: sdseg autoencoder --distill KL --out FOLDER"
     try:
         kind = MaskDecoder.load_config(folder).get("_class_name") if folder.is_dir() else "no folder"
