@@ -221,10 +221,10 @@ def test_series_of_a_folder_give_a_mask_each_and_strays_are_told(scans, out):
 @pytest.mark.faults(25)
 @pytest.mark.parametrize("when", ["a slice is rewritten", "a slice is gone"])
 def test_a_slice_that_changes_while_its_series_is_read_fails_the_series(when, scans, out, monkeypatch):
-    from sdseg_cli.core.engine import volume_prediction
+    from sdseg_cli.core.engine import scans as scans_module
 
     save_series(scans, "A", 3)
-    read = volume_prediction.read_series
+    read = scans_module.read_series
 
     def while_another_writes(series, **options):
         volume = read(series, **options)
@@ -232,7 +232,7 @@ def test_a_slice_that_changes_while_its_series_is_read_fails_the_series(when, sc
         last.unlink() if "gone" in when else last.write_bytes(last.read_bytes() + bytes(2))
         return volume
 
-    monkeypatch.setattr(volume_prediction, "read_series", while_another_writes)
+    monkeypatch.setattr(scans_module, "read_series", while_another_writes)
     (record,) = run(scans, out)
     assert record.status == "failed"
     assert ("changed while it was read" if "rewritten" in when else "gone since the start") in record.error
@@ -241,19 +241,19 @@ def test_a_slice_that_changes_while_its_series_is_read_fails_the_series(when, sc
 
 @pytest.mark.faults(25)
 def test_voxels_beside_a_header_that_change_while_they_are_read_fail_the_volume(tmp_path, out, monkeypatch):
-    from sdseg_cli.core.engine import volume_prediction
+    from sdseg_cli.core.engine import scans as scans_module
 
     volume = sitk.GetImageFromArray(np.zeros((3, 4, 5), np.int16))
     (tmp_path / "only").mkdir()
     sitk.WriteImage(volume, tmp_path / "only" / "a.nhdr")
-    read = volume_prediction.read_volume
+    read = scans_module.read_volume
 
     def while_another_writes(path, **options):
         found = read(path, **options)
         (tmp_path / "only" / "a.raw").write_bytes(bytes(121))
         return found
 
-    monkeypatch.setattr(volume_prediction, "read_volume", while_another_writes)
+    monkeypatch.setattr(scans_module, "read_volume", while_another_writes)
     (record,) = run(tmp_path / "only", out)
     assert (record.status, "its file a.raw changed while it was read" in record.error) == ("failed", True)
 

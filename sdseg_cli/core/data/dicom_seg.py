@@ -72,8 +72,8 @@ def write_dicom_seg(
         )
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{series.folder}: series {series.name!r} cannot be referred to by a DICOM-SEG ({error}). Choose "
-            "--format nifti."
+            f"{series.folder}: series {series.name!r} cannot be referred to by a DICOM-SEG "
+            f"({without_values(error)}). Choose --format nifti."
         ) from error
     buffer = io.BytesIO()
     document.save_as(buffer, enforce_file_format=True)
