@@ -227,7 +227,7 @@ def _score(found: _Found, title: str, settings: Settings) -> ScoredRun:
         scored,
         unmatched_masks,
     )
-    from sdseg_cli.core.engine.evaluation import masks_by_name
+    from sdseg_cli.core.engine.folder_evaluation import masks_by_name
 
     convention, grid = str(settings.convention), str(settings.grid)
     folder = Path(found.source.location).expanduser()
@@ -268,7 +268,7 @@ def _score_model(found: _Found, model: Model, title: str, settings: Settings) ->
     with console.working(f"loading {found.source.location}"):
         from sdseg_cli.core.engine.comparison import Costs, ScoredRun
         from sdseg_cli.core.engine.comparison_sources import score_model, scored, training_costs
-        from sdseg_cli.core.engine.evaluation import CaseScores
+        from sdseg_cli.core.engine.evaluation_records import CaseScores
         from sdseg_cli.core.engine.inference import load_predictor
 
         predictor = load_predictor(model.reference, grid=settings.grid, **sampling, **settings.loading)

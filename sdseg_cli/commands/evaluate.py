@@ -57,7 +57,7 @@ from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
 if TYPE_CHECKING:
-    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase
+    from sdseg_cli.core.engine.evaluation_records import CaseScores, FailedCase
     from sdseg_cli.core.engine.processes import Processes
 
 OVERLAYS = "overlays"
@@ -226,7 +226,7 @@ class _Evaluation:
 
     def report(self, *, worst: int, overwrite: bool, as_json: bool) -> None:
         """Write the folder of results, then show the table."""
-        from sdseg_cli.core.engine.evaluation import (
+        from sdseg_cli.core.engine.evaluation_summary import (
             CASE_COLUMNS,
             CONVENTION_TEXTS,
             DISTANCE_TEXT,
@@ -372,7 +372,7 @@ def _evaluate_folders(
     overwrite: bool,
 ) -> _Evaluation:
     refuse_existing(out, overwrite=overwrite, ours=SUMMARY_FILE)
-    from sdseg_cli.core.engine.evaluation import evaluate_folders, pair_folders
+    from sdseg_cli.core.engine.folder_evaluation import evaluate_folders, pair_folders
 
     pairs = pair_folders(predictions, ground_truth, allow_missing=allow_missing)
     for path in pairs.unmatched:
@@ -420,7 +420,8 @@ def _collect(
     scored: Iterable[CaseScores | FailedCase], total: int, worst: int, processes: Processes
 ) -> tuple[list[CaseScores], list[FailedCase]]:
     """Score this process's share and bring the records of all together, in order."""
-    from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, keep_pictures
+    from sdseg_cli.core.engine.evaluation_records import CaseScores, FailedCase
+    from sdseg_cli.core.engine.evaluation_summary import keep_pictures
 
     share = len(processes.share(range(total)))
     shown = console.progress(scored, share, "scoring", unit="cases")

@@ -31,8 +31,8 @@ from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.pairs import pair_folders
 from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
-from sdseg_cli.core.engine.evaluation import evaluate_folders
-from sdseg_cli.core.engine.evaluation import pair_folders as pair_folders_of_masks
+from sdseg_cli.core.engine.folder_evaluation import evaluate_folders
+from sdseg_cli.core.engine.folder_evaluation import pair_folders as pair_folders_of_masks
 from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
 

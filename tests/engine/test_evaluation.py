@@ -9,21 +9,18 @@ import pytest
 
 from sdseg_cli.core.data.images import write_label_map
 from sdseg_cli.core.data.prepared import PreparedSlice
-from sdseg_cli.core.engine.evaluation import (
+from sdseg_cli.core.engine.evaluation import check_fit, evaluate_split
+from sdseg_cli.core.engine.evaluation_page import SelectedCases, chosen_cases, with_middle_pictures
+from sdseg_cli.core.engine.evaluation_records import CaseScores, FailedCase
+from sdseg_cli.core.engine.evaluation_summary import (
     CASE_COLUMNS,
-    CaseScores,
-    FailedCase,
     case_rows,
-    check_fit,
-    evaluate_folders,
-    evaluate_split,
     evaluation_table,
     keep_pictures,
-    pair_folders,
     summarise_cases,
     worst_cases,
 )
-from sdseg_cli.core.engine.evaluation_page import SelectedCases, chosen_cases, with_middle_pictures
+from sdseg_cli.core.engine.folder_evaluation import evaluate_folders, pair_folders
 from sdseg_cli.core.engine.inference import SlicePrediction
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS
 from sdseg_cli.core.errors import DataError

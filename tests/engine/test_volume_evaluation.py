@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sdseg_cli.core.data.volumes import VolumeGeometry, write_label_volume
-from sdseg_cli.core.engine.evaluation import CaseScores, FailedCase, evaluate_folders, pair_folders
+from sdseg_cli.core.engine.evaluation_records import CaseScores, FailedCase
+from sdseg_cli.core.engine.folder_evaluation import evaluate_folders, pair_folders
 from sdseg_cli.core.metrics.surface import surface_scores
 
 CLASSES = ("background", "organ")

@@ -26,7 +26,7 @@ MOMENTS = {
         "sdseg_cli.core.model.pipeline:SDSegPipeline.sample"
     ),
     "evaluate --predictions {masks} --ground-truth {masks} --out {out}": (
-        "sdseg_cli.core.engine.evaluation:_read_pair"
+        "sdseg_cli.core.engine.folder_evaluation:_read_pair"
     ),
     "stability --model {model} --data {data} --runs 2 --limit 2 --out {out} --device cpu": (
         "sdseg_cli.core.model.pipeline:SDSegPipeline.sample"
@@ -99,12 +99,12 @@ def test_under_nohup_a_closed_terminal_is_outlived():
 @pytest.mark.faults(28)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_never_taken_for_the_failure_of_a_case(number, places, monkeypatch):
-    from sdseg_cli.core.engine import evaluation
+    from sdseg_cli.core.engine import folder_evaluation
 
-    pairs = evaluation.pair_folders(places["masks"], places["masks"])
-    monkeypatch.setattr(evaluation, "_read_pair", lambda *_: os.kill(os.getpid(), number))
+    pairs = folder_evaluation.pair_folders(places["masks"], places["masks"])
+    monkeypatch.setattr(folder_evaluation, "_read_pair", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match="as asked") as stop, interruptible("as asked"):
-        list(evaluation.evaluate_folders(pairs, ("background", "polyp")))
+        list(folder_evaluation.evaluate_folders(pairs, ("background", "polyp")))
     assert stop.value.exit_code == 128 + number
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sdseg_cli.core.engine.evaluation import DISTANCES, MEAN_OF_CLASSES
+from sdseg_cli.core.engine.evaluation_records import DISTANCES, MEAN_OF_CLASSES
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.metrics.paired import PairedDifference, holm, paired_difference
 from sdseg_cli.core.metrics.summary import Summary, summarise

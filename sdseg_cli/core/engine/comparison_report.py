@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdseg_cli.core.engine.comparison import COMPARED, OF_ONE_UNIT, Accuracy, Comparison, Costs, Method
-from sdseg_cli.core.engine.evaluation import CONVENTION_TEXTS, DISTANCES, MEAN_OF_CLASSES
+from sdseg_cli.core.engine.evaluation_records import DISTANCES, MEAN_OF_CLASSES
+from sdseg_cli.core.engine.evaluation_summary import CONVENTION_TEXTS
 from sdseg_cli.core.engine.report_parts import MOST_ROWS
 from sdseg_cli.core.reporting.charts import DotRow, dot_plot
 from sdseg_cli.core.reporting.page import (

@@ -15,17 +15,11 @@ import numpy as np
 
 from sdseg_cli.core.data.images import read_label_map
 from sdseg_cli.core.engine.comparison import Costs, ScoredRun
-from sdseg_cli.core.engine.evaluation import (
-    METRICS,
-    CaseScores,
-    FailedCase,
-    GridName,
-    case_rows,
-    check_fit,
-    evaluate_split,
-    masks_by_name,
-)
+from sdseg_cli.core.engine.evaluation import check_fit, evaluate_split
 from sdseg_cli.core.engine.evaluation_page import SelectedCases
+from sdseg_cli.core.engine.evaluation_records import METRICS, CaseScores, FailedCase, GridName
+from sdseg_cli.core.engine.evaluation_summary import case_rows
+from sdseg_cli.core.engine.folder_evaluation import masks_by_name
 from sdseg_cli.core.engine.report_parts import evenly
 from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 from sdseg_cli.core.errors import DataError, ModelError

@@ -20,7 +20,7 @@ from sdseg_cli.core.data.benchmarks import phantom_cases
 from sdseg_cli.core.data.images import read_image, read_label_map, write_png
 from sdseg_cli.core.data.phantom import otsu_dice
 from sdseg_cli.core.data.prepared import PreparedDataset
-from sdseg_cli.core.engine.evaluation import ClassSummary, EvaluationSummary, evaluation_table
+from sdseg_cli.core.engine.evaluation_summary import ClassSummary, EvaluationSummary, evaluation_table
 from sdseg_cli.core.engine.report_parts import (
     LEAST_BRIGHTEST,
     decimals,

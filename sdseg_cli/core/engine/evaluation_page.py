@@ -10,16 +10,18 @@ import numpy as np
 
 from sdseg_cli import __version__
 from sdseg_cli.core.data.prepared import PreparedSlice, SplitView
-from sdseg_cli.core.engine.evaluation import (
+from sdseg_cli.core.engine.evaluation_records import (
     DISTANCES,
     MEAN_OF_CLASSES,
     METRICS,
     CasePicture,
     CaseScores,
     ClassScores,
+    FailedCase,
+)
+from sdseg_cli.core.engine.evaluation_summary import (
     ClassSummary,
     EvaluationSummary,
-    FailedCase,
     evaluation_table,
     summarise_cases,
 )

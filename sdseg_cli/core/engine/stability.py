@@ -29,7 +29,7 @@ from sdseg_cli.core.metrics.similarity import (
     Protocol,
     pair_scores,
 )
-from sdseg_cli.core.metrics.summary import Summary, summarise
+from sdseg_cli.core.metrics.summary import Summary, mean_of_defined, summarise
 from sdseg_cli.core.reporting.page import Table
 from sdseg_cli.core.reporting.tables import cell, interval_cell
 
@@ -158,11 +158,11 @@ def _compare(
     return Stability(
         kind,
         class_name,
-        lpips=_mean(distances),
-        psnr=_mean([pair.psnr for pair in pairs]),
-        ssim=_mean([pair.ssim for pair in pairs]),
-        ms_ssim=_mean([pair.ms_ssim for pair in pairs]),
-        dice_agreement=_mean(agreements),
+        lpips=mean_of_defined(distances),
+        psnr=mean_of_defined([pair.psnr for pair in pairs]),
+        ssim=mean_of_defined([pair.ssim for pair in pairs]),
+        ms_ssim=mean_of_defined([pair.ms_ssim for pair in pairs]),
+        dice_agreement=mean_of_defined(agreements),
         pairs=len(pairs),
         identical=_count(pairs, "identical"),
         skipped=_count(pairs, "skipped"),
@@ -171,11 +171,6 @@ def _compare(
 
 def _count(pairs: Sequence[PairScores], name: str) -> int:
     return sum(getattr(pair, name) for pair in pairs)
-
-
-def _mean(values: Sequence[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan
 
 
 # ---- rows and summary -----------------------------------------------------------------------------------

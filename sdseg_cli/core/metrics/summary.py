@@ -103,3 +103,9 @@ def bootstrap_interval(
         if math.isfinite(interval.low) and math.isfinite(interval.high):
             return float(interval.low), float(interval.high), method
     return math.nan, math.nan, "none"
+
+
+def mean_of_defined(values: Sequence[float]) -> float:
+    """Mean of the defined values; NaN without any, infinite if one is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
