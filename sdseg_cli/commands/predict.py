@@ -338,6 +338,7 @@ class _Session:
             processes = Processes(cpu=device == "cpu")
             predictor = load_predictor(reference, device=device, precision=precision, **options)
         self.classes = tuple(predictor.classes)
+        self.settings["device"] = str(getattr(predictor, "device", device))  # what "auto" came to
         if any(task.mask.suffix == ".dcm" for task in todo):
             from sdseg_cli.core.data.dicom_codes import codes_of, coding_remarks
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from sdseg_cli.core.grid import Grid, Resize
+from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.model.image_encoder import ImageEncoder
 from sdseg_cli.core.model.latents import decode_scores, input_dtype, masks_per_latent, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -75,7 +75,7 @@ class SDSegPipeline(DiffusionPipeline):
         scheduler: DDIMScheduler | None = None,
         classes: Sequence[str] = ("background", "foreground"),
         image_size: int = 256,
-        resize: Resize = "squeeze",
+        resize: str = "squeeze",  # of Resize; diffusers complains of a Literal at every loading
         latent_scale: float = 1.0,
         noise: str = "gaussian",
         training_data: dict | None = None,
