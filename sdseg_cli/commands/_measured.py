@@ -78,7 +78,8 @@ class Model:
                 if value is None and hasattr(self.recipe.sampling, name):
                     chosen[name] = getattr(self.recipe.sampling, name)
         else:
-            stated = dict(self.training_data.get("sampling") or {})
+            known = self.training_data.get("sampling")
+            stated = known if isinstance(known, dict) else {}  # others wrote it, if the model is not ours
             chosen = {name: stated.get(name) if value is None else value for name, value in chosen.items()}
         if chosen.get("flips"):
             chosen["flips"] = list(chosen["flips"])  # as JSON gives them back
@@ -118,6 +119,13 @@ class Model:
             except (OSError, ValueError, TypeError, AttributeError):
                 continue
         return {}
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Numbers of the files that were the image's channels, as nnU-Net counts; empty where one was all."""
+        known = self.training_data.get("channels")
+        numbers = known if isinstance(known, list) else []
+        return tuple(number for number in numbers if isinstance(number, int))
 
     def _file(self, name: str) -> Path:
         """A file of the model, which is fetched where the model is on the hub.

@@ -100,12 +100,12 @@ def autoencoder(
             f"--distill {distill}: {spatial_factor(teacher)} pixels per latent pixel, expected 8 (a kl-f8 "
             "autoencoder)."
         )
+    dataset = PreparedDataset.open(data) if data is not None else None
     chosen = choose_device(device)
     pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
     held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
     made_from: dict[str, Any] = {"masks": {"generated": masks, "size": size, "seed": seed}}
-    if data is not None:
-        dataset = PreparedDataset.open(data)
+    if data is not None and dataset is not None:
         made_from["dataset"] = {"path": str(data.resolve()), "fingerprint": dataset.manifest.fingerprint}
         pool += _dataset_masks(dataset, "train", size)
         held_out[f"{data.name} validation"] = _dataset_masks(dataset, "validation", size)

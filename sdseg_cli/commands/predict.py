@@ -224,7 +224,7 @@ def predict(
         probabilities=probabilities,
         uncertainty=several,
         mask_format=mask_format.value,  # type: ignore[arg-type]
-        channels=found.training_data.get("channels") or (),
+        channels=found.channels,
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
     codes = _stated_codes(segment_codes, mask_format)
