@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch anything
 # Started in the background, a shell has its children ignore Ctrl-C, and theirs: not here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # and under nohup a closed terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SIZE = 32
 REAL_RUNS = runpy.run_path(str(Path(__file__).with_name("real_runs.py")))

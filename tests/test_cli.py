@@ -303,6 +303,7 @@ def test_a_table_fits_80_columns_and_draws_what_is_missing_as_a_dash(capsys, mon
 
 def test_names_in_a_table_stay_in_one_piece_on_a_narrow_screen(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(console.results, "_width", None)  # kept where COLUMNS was set at the first import
     name = "kseg-fast-20260131-120000"
     console.show_table(["run", *"abcde"], [[name, *["two words"] * 5], ["b", *["two words"] * 5]])
     assert name in capsys.readouterr().out

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from sdseg_cli.core.engine.stopping import leave_terminal, stop_signals
+from sdseg_cli.core.engine.stopping import leave_terminal, restore_handlers, stop_signals
 from sdseg_cli.core.errors import Interrupted
 
 
@@ -28,13 +28,11 @@ def interruptible(message: str) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         leave_terminal(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+        restore_handlers(dict.fromkeys(numbers, signal.SIG_DFL))
         raise Interrupted(message, number)
 
     before = {each: signal.signal(each, stop) for each in numbers}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore_handlers(before)

@@ -89,12 +89,12 @@ def refuse_altered(folder: Path) -> None:
             "unchecked."
         ) from error
     root = manifest.parent
-    sums = {
-        name: digest
-        for name, digest in listed.items()
-        if name.startswith(prefix) and name not in NOT_OURS and (root / name).is_file()
-    }
     try:
+        sums = {
+            name: digest
+            for name, digest in listed.items()
+            if name.startswith(prefix) and name not in NOT_OURS and (root / name).is_file()
+        }
         problem = first_altered(root, sums)
     except OSError as error:
         raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error

@@ -7,7 +7,7 @@
 # 1. images/s of the networks, as published and at our settings, and samples/s and peak memory of trainings.
 #    Each is a process; they compile side by side, and are timed one at a time (turns.py). COMPILING seconds
 #    are waited for the slowest (600).
-# 2. the tests of what only a GPU does, meanwhile (cuda.txt)
+# 2. the tests of what only a GPU does (cuda.txt)
 # 3. a training of kseg-fast on Kvasir-SEG of MINUTES (2): seconds to its validation Dice (run/metrics.jsonl)
 # 4. its Dice in float32 and in bf16, which should differ by 0.001 at most (dice.txt)
 #
@@ -83,7 +83,6 @@ if [ -z "$quick" ]; then
   compared train-light-compiled "${light[@]}" --variants "fast:"
 fi
 launch
-part cuda "$compiling" "$python" -m pytest "$here/../engine/test_cuda.py" -q -p no:cacheprovider &
 wait
 unset SDSEG_TURNS
 for name in "$out"/*.txt; do
@@ -91,6 +90,7 @@ for name in "$out"/*.txt; do
   grep -hE '^\||^matrix|samples_per_second|peak_gib|^  "' "$name"
 done > "$out/figures.txt"
 cat "$out/figures.txt"
+part cuda "$compiling" "$python" -m pytest "$here/../engine/test_cuda.py" -q -p no:cacheprovider
 tail -n 4 "$out/cuda.txt"
 
 part train $((minutes * 60 + 120)) "$python" -m sdseg_cli train --recipe kseg-fast --device "$device" \

@@ -61,7 +61,7 @@ def test_replayed_calls_predict_what_the_networks_do(tmp_path, replays, classes,
     np.testing.assert_allclose(again, found, atol=CLOSE[precision])
 
 
-def test_weights_held_in_half_change_nothing_under_autocast(tmp_path):
+def test_weights_held_in_half_change_little_on_a_gpu(tmp_path):
     make().save_pretrained(tmp_path / "model")
     held = load_predictor(resolve_model(str(tmp_path / "model")), precision="bf16", batch_size=4)
     cast = Predictor(make().to("cuda").to(memory_format=torch.channels_last), precision="bf16", batch_size=4)

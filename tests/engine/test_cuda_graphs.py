@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -61,11 +63,29 @@ def test_a_call_that_cannot_be_recorded_runs_as_it_is_from_then_on(calls):
 
 
 @torch.no_grad()
-def test_a_handful_of_shapes_are_recorded_and_no_more(calls):
+def test_the_memory_of_a_recording_that_failed_is_free_when_the_call_runs_as_it_is(calls, monkeypatch):
+    held: list[weakref.ref] = []
+
+    class Failing:
+        def __init__(self, call, leaves, structure):
+            clone = leaves[0].clone()
+            held.append(weakref.ref(clone))
+            raise torch.OutOfMemoryError(f"no room beside {clone.shape}")
+
+    monkeypatch.setattr(cuda_graphs, "_Recording", Failing)
+    seen = []
+    calls._call = lambda *_: seen.append([kept() for kept in held])
+    for _ in range(2):
+        calls(*given(2))
+    assert seen == [[], [None]]
+
+
+@torch.no_grad()
+def test_two_shapes_are_recorded_and_no_more(calls):
     for count in range(1, 11):
         calls(*given(count))
     answers = [calls(*given(count)) for count in range(1, 11)]
-    assert [isinstance(answer, tuple) for answer in answers] == [True] * 6 + [False] * 4
+    assert [isinstance(answer, tuple) for answer in answers] == [True] * 2 + [False] * 8
 
 
 def test_nothing_is_recorded_with_gradients(calls):

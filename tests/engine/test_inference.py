@@ -9,10 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from timm.layers import StdConv2d
 
 from sdseg_cli.core.engine import acceleration
 from sdseg_cli.core.engine.acceleration import compile_cache, fitting_batch
-from sdseg_cli.core.engine.inference import Predictor, SliceInput, load_predictor
+from sdseg_cli.core.engine.inference import Predictor, SliceInput, choose_device, load_predictor
 from sdseg_cli.core.errors import OutOfMemoryError
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.model.image_encoder import KLImageEncoder
@@ -119,6 +120,30 @@ def test_weights_held_in_half_predict_bit_for_bit_what_autocast_does(tmp_path, c
     cast = Predictor(make(classes), precision="bf16")
     acceleration.use_channels_last(cast.pipeline.computing_networks(), torch.device("cpu"))
     assert_same(held(inputs(3)), cast(inputs(3)), tolerance=0)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d, StdConv2d], ids=["plain", "standardised"])
+def test_only_weights_that_autocast_would_cast_are_held_in_half(layer):
+    torch.manual_seed(0)
+    network, images = layer(3, 8, 3).eval(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(images)
+        acceleration.hold_in_half([network], torch.bfloat16)
+        torch.testing.assert_close(network(images), expected, atol=0, rtol=0)
+    assert network.weight.dtype == (torch.bfloat16 if layer is torch.nn.Conv2d else torch.float32)
+
+
+def test_a_gpu_that_was_asked_for_becomes_the_current_one(monkeypatch):
+    """Graphs are recorded on streams of the current one: on another they would be empty."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1") == current[0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == torch.device("cuda:1") == current[1]
+    assert choose_device("cpu") == torch.device("cpu")
+    assert len(current) == 2
 
 
 def test_work_behind_the_networks_keeps_the_order_and_the_results():

@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,29 @@ def test_a_signal_is_never_taken_for_the_failure_of_a_case(number, places, monke
     with pytest.raises(Interrupted, match="as asked") as stop, interruptible("as asked"):
         list(folder_evaluation.evaluate_folders(pairs, ("background", "polyp")))
     assert stop.value.exit_code == 128 + number
+
+
+@pytest.mark.faults(28)
+def test_a_closed_terminal_is_told_once_whoever_else_passes_it_on():
+    """A shell passes on its own SIGHUP, and the kernel sends another a moment later, as things are saved."""
+    before = signal.getsignal(signal.SIGHUP)
+    saved = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            saved.append("all of it")
+
+    try:
+        with pytest.raises(Interrupted) as stop, interruptible("as asked"):
+            work()
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (saved, stop.value.exit_code) == (["all of it"], 129)
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from torch import nn
 from sdseg_cli.core.engine.cuda_graphs import GraphedCalls
 
 # Images on a GPU from which on compiling pays: on an H100 the paper's networks then take 6 ms an image less,
-# after a minute or two.
+# after a minute at best.
 WORTH_COMPILING = 10_000
+_CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _LARGEST_BATCH = 64  # beyond it no network here runs faster, and the last batch is padded to it
 _SHARE_OF_FREE_MEMORY = 0.6  # the rest is left to the allocator's gaps and to other programs
 
@@ -34,11 +35,12 @@ def hold_in_half(networks: list[nn.Module], dtype: torch.dtype) -> None:
     """Keep weights of convolutions and matrix products in half precision, once and for all.
 
     Under autocast, which is needed as before, the results are the same bit for bit: it would cast these
-    weights, and only these, at every call.
+    weights, and only these, at every call. Layers derived from them are left alone: what they do with their
+    weights first, standardise them for one, needs float32.
     """
     for network in networks:
         for module in network.modules():
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            if type(module) in _CAST_BY_AUTOCAST:
                 module.to(dtype)
 
 

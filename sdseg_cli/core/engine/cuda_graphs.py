@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-_MOST_RECORDINGS = 6  # of one network; each holds its inputs and outputs, and what lies between them
+_MOST_RECORDINGS = 2  # of one network; each holds its inputs and outputs, and what lies between them
 
 _logger = logging.getLogger(__name__)
 
@@ -41,25 +42,34 @@ class GraphedCalls:
             if len(self._met) < _MOST_RECORDINGS:
                 self._met[key] = None
             return self._call(*inputs)
-        recording = self._met[key]
-        if recording is None:
-            try:
-                recording = self._met[key] = _Recording(self._call, leaves, structure)
-            except RuntimeError as error:  # no memory to hold it twice, or a part cannot be recorded
-                _logger.debug("not recorded as a CUDA graph: %s", error)
-                self._fails = True
-                return self._call(*inputs)
-        return recording.replay(leaves)
+        if self._met[key] is None:
+            self._record(key, leaves, structure)
+        recording = self._met.get(key)
+        # After a failure what it held is free again here: no error is being handled any more.
+        return self._call(*inputs) if recording is None else recording.replay(leaves)
+
+    def _record(self, key: Hashable, leaves: list, structure: Any) -> None:
+        try:
+            self._met[key] = _Recording(self._call, leaves, structure)
+        except RuntimeError as error:  # no memory to hold it twice, or a part cannot be recorded
+            _logger.debug("not recorded as a CUDA graph: %s", error)
+            self._fails = True
+            self._met.clear()
 
 
 class _Recording:
     def __init__(self, call: Callable[..., Any], leaves: list, structure: Any) -> None:
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()  # the graph's own memory comes from what no one holds
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         # Memory of its own: in a pool shared by graphs, one that is replayed twice writes over what a graph
         # recorded later gave. And other threads may wait for their results meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with (
+            _kept_stream(device),
+            torch.cuda.graph(
+                self._graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+            ),
+        ):
             self._outputs = call(*pytree.tree_unflatten(self._inputs, structure))
 
     def replay(self, leaves: list) -> Any:
@@ -68,6 +78,17 @@ class _Recording:
                 kept.copy_(given)
         self._graph.replay()
         return self._outputs
+
+
+@contextmanager
+def _kept_stream(device: torch.device) -> Iterator[None]:
+    """Record on ``device``, and go on on the stream of before: a recording that fails does not restore it."""
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream(device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
 
 def _on_gpu(tensors: list[torch.Tensor]) -> bool:

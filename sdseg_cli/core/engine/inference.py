@@ -206,10 +206,17 @@ class Predictor:
         if self.meter is None:
             return
         meter, self.meter = self.meter, None
-        self._sample_at_once(self._blank(1))  # what a library sets up once is not the images' memory
-        with meter.peak() as peak:
-            self._sample_at_once(self._blank(_PROBED))
-        self.batch_size = fitting_batch(meter.free_bytes(), peak[0] / _PROBED)
+        recorded = self._as_written()  # what is recorded of small batches would stay
+        try:
+            self._sample_at_once(self._blank(1))  # what a library sets up once is not the images' memory
+            with meter.peak() as peak:
+                self._sample_at_once(self._blank(_PROBED))
+        finally:
+            if recorded:
+                self.record()
+        # Each network's recording keeps memory of its own, which a call as written gives to the next one.
+        bytes_per_image = peak[0] / _PROBED * (2 if recorded else 1)
+        self.batch_size = fitting_batch(meter.free_bytes(), bytes_per_image)
 
     def record(self) -> None:
         """Replay the networks' calls as CUDA graphs from now on; the networks then only predict."""
@@ -226,18 +233,27 @@ class Predictor:
         if not isinstance(self.pipeline, SDSegPipeline):
             return "an exported model is compiled already"
         networks = self.pipeline.computing_networks()
+        recorded = False
         try:
             self.choose_batch_size()
-            undo_compile(networks)  # recordings are made anew, of what is compiled
+            recorded = self._as_written()  # recordings are made anew, of what is compiled
             reason = try_compiled(
                 networks, lambda: self._sample_at_once(self._blank(self.batch_size)), self.device
             )
         except torch.OutOfMemoryError:
             reason = f"a batch of {self.batch_size} does not fit into the memory; try --batch-size"
         self._compiled = reason is None
-        if self.recorded:
+        if recorded:
             self.record()
         return reason
+
+    def _as_written(self) -> bool:
+        """Let the networks run as written, and say whether their calls were recorded."""
+        recorded = self.recorded
+        if (recorded or self._compiled) and isinstance(self.pipeline, SDSegPipeline):
+            undo_compile(self.pipeline.computing_networks())
+        self.recorded = self._compiled = False
+        return recorded
 
     def _blank(self, count: int) -> list[SliceInput]:
         size = self.image_size
@@ -250,17 +266,17 @@ class Predictor:
             self.choose_batch_size()
             return self._sample_at_once(batch)
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and not (self.recorded or self._compiled):
                 raise OutOfMemoryError(
                     f"one slice of {self.image_size}x{self.image_size} does not fit into the memory of "
                     f"{self.device}. Close other programs that use it, or predict with --device cpu."
                 ) from error
-        # Outside the handler, so that the failed batch's memory is free again.
+        # Outside the handler, so that the failed batch's memory is free again; then that of recordings.
+        recorded = self._as_written()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if isinstance(self.pipeline, SDSegPipeline):  # compiled or recorded for a shape that does not fit
-            undo_compile(self.pipeline.computing_networks())
-            self._compiled = self.recorded = False
+        if recorded and len(batch) > 1:
+            self.record()
         self.batch_size = half = max(1, len(batch) // 2)
         return [
             samples
@@ -320,8 +336,8 @@ def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[int], np.ndarray]:
     host = torch.empty(len(draws), *draws[0].shape, pin_memory=True)
     for place, draw in zip(host, draws, strict=True):
         place.copy_(draw, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.Event(blocking=True)  # threads that wait leave the cores to others
+    arrived.record(torch.cuda.current_stream(draws[0].device))
 
     def fetch(index: int) -> np.ndarray:
         arrived.synchronize()
@@ -331,13 +347,20 @@ def _on_their_way(draws: Sequence[torch.Tensor]) -> Callable[[int], np.ndarray]:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Choose a device: ``auto`` takes this process's GPU if there is one.
+    """Choose a device, and make a GPU the current one: ``auto`` takes this process's GPU if there is one.
 
     Raises:
         UsageError: the device that was asked for is not there.
     """
     # Numbers below 1e-38 are computed in microcode on a CPU: training was seen to slow down tenfold by them.
     torch.set_flush_denormal(True)
+    chosen = _find_device(wanted)
+    if chosen.type == "cuda":  # streams and events are of the current one, unless they are told
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _find_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return _local_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:

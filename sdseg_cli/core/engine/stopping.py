@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -19,15 +20,26 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def leave_terminal(number: int) -> None:
-    """After SIGHUP write nothing to a terminal that is gone: it would fail, and what is done not be saved."""
+    """After SIGHUP write nothing to a terminal that is gone: it would fail, and what is done not be saved.
+
+    Further ones are ignored: a shell passes its own on, and the kernel sends another a moment later.
+    """
     if not hasattr(signal, "SIGHUP") or number != signal.SIGHUP:
         return
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Give signals their handlers back, except one that is ignored since the terminal was left."""
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class Stop:
@@ -55,5 +67,4 @@ def graceful_stop() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore_handlers(previous)

@@ -448,9 +448,7 @@ class Training:
             if "posterior" in batch:
                 encoded = as_distribution(batch["posterior"])
             else:
-                with self.accelerator.autocast():
-                    encoded = posterior(self.networks.autoencoder, masks)
-                encoded = as_distribution(encoded.parameters.float())  # the target itself is not rounded
+                encoded = posterior(self.networks.autoencoder, masks)  # in float32, as latents are kept
             clean = sample_latents(encoded, batch["posterior_noise"], scale)
             if objective.timesteps == "last":
                 noisy = batch["noise"]  # pure noise: at t = 999 the mixture still shows 2.6 % of the truth
