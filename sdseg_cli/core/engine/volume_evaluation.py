@@ -68,13 +68,7 @@ def is_label_volume(path: Path) -> bool:
 def _read(path: Path, num_classes: int) -> Volume:
     if path.suffix.lower() not in DICOM_SUFFIXES:
         return read_label_volume(path, num_classes=num_classes)
-    volume = read_dicom_seg_alone(path)
-    if int(volume.voxels.max(initial=0)) >= num_classes:
-        raise DataError(
-            f"{path}: segment {volume.voxels.max()} found, expected 1 to {num_classes - 1}. Name a class for "
-            "every segment with --classes."
-        )
-    return volume
+    return read_dicom_seg_alone(path, num_classes=num_classes)
 
 
 def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:
