@@ -692,6 +692,37 @@ def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segme
     assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
 
 
+def test_a_block_of_a_grid_lies_on_it_along_every_axis() -> None:
+    grid = VolumeGeometry((20, 20, 20), np.eye(4))
+    half, axis = np.radians(20) / 2, np.ones(3) / np.sqrt(3)
+    about_diagonal = sitk.VersorTransform((*(np.sin(half) * axis), np.cos(half)))  # leaves two corners
+    turned, sheared = np.eye(4), np.eye(4)
+    turned[:3, :3] = np.reshape(about_diagonal.GetMatrix(), (3, 3))
+    sheared[0, 1:3] = 0.3, -0.3
+    for affine in (turned, sheared):
+        assert VolumeGeometry((10, 10, 10), affine).inside(grid) is None
+    block = VolumeGeometry((10, 10, 10), np.diag([1.0, 1.002, 1.0, 1.0])).inside(grid)
+    assert block is not None
+    assert block.fits(grid.shape)
+
+
+@pytest.mark.faults
+def test_segmentations_far_apart_are_not_scored_on_a_grid_of_all_between(
+    segmented, tmp_path, monkeypatch
+) -> None:
+    seg, _, geometry = segmented
+    monkeypatch.setattr("sdseg_cli.core.engine.volume_evaluation.MAX_VOXELS", 20_000)
+    document = pydicom.dcmread(seg)
+    step = geometry.affine[:3, 2] * [-1, -1, 1] * 1000
+    for frame in document.PerFrameFunctionalGroupsSequence:
+        (position,) = frame.PlanePositionSequence
+        moved = np.array(position.ImagePositionPatient, float) + step
+        position.ImagePositionPatient = [float(f"{v:.10g}") for v in moved]
+    document.save_as(tmp_path / "far.dcm")
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", seg, tmp_path / "far.dcm", 3)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("moved", ["between", "beyond"])
 def test_a_segmentation_that_lies_elsewhere_is_not_scored(moved, segmented, tmp_path: Path) -> None:
