@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -10,6 +11,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from pydicom.pixels import pack_bits
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
@@ -22,6 +24,7 @@ from sdseg_cli.core.data.dicom_codes import (
     segment_code,
 )
 from sdseg_cli.core.data.dicom_seg import (
+    _description,
     read_dicom_seg,
     read_dicom_seg_alone,
     require_highdicom,
@@ -30,6 +33,7 @@ from sdseg_cli.core.data.dicom_seg import (
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.pairs import pair_folders
 from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
+from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
 from sdseg_cli.core.engine.folder_evaluation import evaluate_folders
 from sdseg_cli.core.engine.folder_evaluation import pair_folders as pair_folders_of_masks
@@ -539,6 +543,102 @@ def test_labels_that_do_not_fit_a_series_are_told(tmp_path: Path) -> None:
         slices_of(case)
 
 
+def rewritten(seg: Path, frames: np.ndarray, *, move: object = (0, 0, 0), flip: bool = False) -> Path:
+    """The same DICOM-SEG with other frames (frames, rows, columns), moved or with columns counted back."""
+    document = pydicom.dcmread(seg)
+    (shared,) = document.SharedFunctionalGroupsSequence
+    orientation = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)
+    if flip:
+        move = orientation[:3] * 0.6 * (COLUMNS - 1)
+        orientation[:3] *= -1
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient = [float(f"{v:.12g}") for v in orientation]
+    for frame in document.PerFrameFunctionalGroupsSequence:
+        (position,) = frame.PlanePositionSequence
+        moved = np.array(position.ImagePositionPatient, float) + move
+        position.ImagePositionPatient = [float(f"{v:.9g}") for v in moved]
+    document.Rows, document.Columns = frames.shape[1:]
+    document.PixelData = pack_bits(np.ascontiguousarray(frames).ravel())
+    document.save_as(seg.with_name("rewritten.dcm"))
+    return seg.with_name("rewritten.dcm")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("tilt_degrees", [0.0, 12.0])
+def test_a_segmentation_is_prepared_where_it_says_it_lies(tilt_degrees: float, tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    folder = tmp_path / "images" / "a"
+    write_series(folder, tilt_degrees=tilt_degrees)
+    series, seg = only(folder), tmp_path / "a.dcm"
+    labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
+    labels[1:5, 2:5, [1, 2, 4]] = 1
+    labels[6:8, 2:4, 2] = 2
+    write_dicom_seg(seg, labels, series, codes_of(("background", "x", "y"), {}))
+    case = RawCase("x", "x", folder, seg, series=series)
+    stack = SliceStack(read_series(series).geometry, Geometry(3).axis)
+
+    def check(path: Path) -> None:
+        found = [one.label_map for one in slices_of(replace(case, label_path=path))]
+        np.testing.assert_array_equal(found, stack.cut(labels))
+
+    frames = pydicom.dcmread(seg).pixel_array
+    check(seg)
+    refused = {
+        "moved": rewritten(seg, frames, move=(20, 20, 20)).rename(tmp_path / "moved.dcm"),
+        "larger": rewritten(seg, np.pad(frames, ((0, 0), (0, 2), (0, 3)))).rename(tmp_path / "larger.dcm"),
+    }
+    flipped = rewritten(seg, frames[:, :, ::-1], flip=True).rename(tmp_path / "flipped.dcm")
+    if tilt_degrees:  # it forms no block that could be turned
+        refused["flipped"] = flipped
+    else:
+        check(flipped)
+        check(rewritten(seg, frames[:, :6]))  # a smaller part of the slices
+    for name, path in refused.items():
+        with pytest.raises(DataError, match=rf"{name}\.dcm \(.*does not lie on series .*\(9 x 7 x 5 voxels"):
+            slices_of(replace(case, label_path=path))
+
+
+def test_a_segmentation_with_gaps_of_unstated_width_is_read_by_its_references(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+    series = only(tmp_path / "scan")
+    labels = np.zeros((COLUMNS, ROWS, SLICES), np.uint8)
+    labels[1:5, 2:5, [0, 3]] = 1
+    write_dicom_seg(tmp_path / "a.dcm", labels, series, codes_of(("background", "x"), {}))
+    document = pydicom.dcmread(tmp_path / "a.dcm")
+    del document.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+    document.save_as(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "a.dcm", series), labels)
+
+
+@pytest.mark.faults
+def test_a_segment_number_beyond_a_byte_is_no_other_class(tmp_path: Path) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+    series, seg = only(tmp_path / "scan"), tmp_path / "a.dcm"
+    code = codes_of(("background", "x"), {})["x"]
+    labels = np.zeros((SLICES, ROWS, COLUMNS), np.uint16)
+    labels[1:3, 2:4] = 257  # 1 in a byte
+    description = _description(257, "x", code)
+    highdicom.seg.Segmentation(
+        source_images=[pydicom.dcmread(path) for path in series.files[::-1]],
+        pixel_array=labels,
+        segmentation_type=highdicom.seg.SegmentationTypeValues.LABELMAP,
+        segment_descriptions=[description],
+        series_instance_uid=highdicom.UID(),
+        series_number=1,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="none",
+        manufacturer_model_name="none",
+        software_versions="1",
+        device_serial_number="none",
+    ).save_as(seg)
+    with pytest.raises(DataError, match=r"a\.dcm: segment 257 found, expected 1 to 1"):
+        slices_of(RawCase("x", "x", tmp_path / "scan", seg, series=series), num_classes=2)
+    with pytest.raises(DataError, match=r"a\.dcm: segment 257 found, expected 1 to 1"):
+        read_volume_pair("case", seg, seg, 2)
+
+
 # Evaluated
 
 
@@ -590,6 +690,37 @@ def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segme
     )
     shared = int(((labels == 1) & (other == 1)).sum())
     assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
+
+
+def test_a_block_of_a_grid_lies_on_it_along_every_axis() -> None:
+    grid = VolumeGeometry((20, 20, 20), np.eye(4))
+    half, axis = np.radians(20) / 2, np.ones(3) / np.sqrt(3)
+    about_diagonal = sitk.VersorTransform((*(np.sin(half) * axis), np.cos(half)))  # leaves two corners
+    turned, sheared = np.eye(4), np.eye(4)
+    turned[:3, :3] = np.reshape(about_diagonal.GetMatrix(), (3, 3))
+    sheared[0, 1:3] = 0.3, -0.3
+    for affine in (turned, sheared):
+        assert VolumeGeometry((10, 10, 10), affine).inside(grid) is None
+    block = VolumeGeometry((10, 10, 10), np.diag([1.0, 1.002, 1.0, 1.0])).inside(grid)
+    assert block is not None
+    assert block.fits(grid.shape)
+
+
+@pytest.mark.faults
+def test_segmentations_far_apart_are_not_scored_on_a_grid_of_all_between(
+    segmented, tmp_path, monkeypatch
+) -> None:
+    seg, _, geometry = segmented
+    monkeypatch.setattr("sdseg_cli.core.engine.volume_evaluation.MAX_VOXELS", 20_000)
+    document = pydicom.dcmread(seg)
+    step = geometry.affine[:3, 2] * [-1, -1, 1] * 1000
+    for frame in document.PerFrameFunctionalGroupsSequence:
+        (position,) = frame.PlanePositionSequence
+        moved = np.array(position.ImagePositionPatient, float) + step
+        position.ImagePositionPatient = [float(f"{v:.10g}") for v in moved]
+    document.save_as(tmp_path / "far.dcm")
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", seg, tmp_path / "far.dcm", 3)
 
 
 @pytest.mark.faults

@@ -138,12 +138,12 @@ def read_series(series: DicomSeries, *, nan_fill: float | None = None) -> Volume
     return Volume(voxels, geometry, "dicom", series.folder, tuple(notes))
 
 
-def sorted_headers(series: DicomSeries) -> list[Any]:
-    """The headers of a series (pydicom datasets without pixels) in the order of the volume's slices."""
+def sorted_slices(series: DicomSeries) -> tuple[list[Any], VolumeGeometry]:
+    """The headers of a series (pydicom datasets without pixels) as its volume's slices, and its geometry."""
     slices = _read_headers(series)
     with _usable_headers(series):
-        _, order = _series_geometry(series, slices, [])
-    return [slices[index] for index in order]
+        geometry, order = _series_geometry(series, slices, [])
+    return [slices[index] for index in order], geometry
 
 
 # ---- finding --------------------------------------------------------------------------------------------

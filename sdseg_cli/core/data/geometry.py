@@ -102,7 +102,7 @@ class VolumeGeometry:
 
         Args:
             other: the grid, which may be larger and count its axes in another order or direction.
-            tolerance: how far a corner may be from a voxel of it, in voxels.
+            tolerance: how far the first corner and those along each axis may be from voxels of it, in voxels.
 
         Returns:
             The block; it may reach beyond ``other``. None where the voxels lie between those of ``other``.
@@ -116,8 +116,10 @@ class VolumeGeometry:
         first = np.rint(steps[:3, 3]).astype(int)
         last = first.copy()
         last[order] += signs * extent
-        corners = steps[:3, 3], steps[:3, 3] + steps[:3, :3] @ extent
-        if max(np.abs(corners[0] - first).max(), np.abs(corners[1] - last).max()) > tolerance:
+        edges = np.zeros((3, 3))  # of the block, from its first corner along each of its axes
+        edges[order, np.arange(3)] = signs * extent
+        off = np.abs(steps[:3, 3] - first).max() + np.abs(steps[:3, :3] * extent - edges).max()
+        if off > tolerance:
             return None
         axes = np.argsort(order)
         return VoxelBlock(

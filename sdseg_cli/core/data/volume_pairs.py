@@ -88,12 +88,7 @@ def _segments(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: V
 
     if not isinstance(image, DicomSeries):
         raise DataError(f"{path.name} is DICOM, its image {scan.path.name} is none. Convert one of the two.")
-    labels = read_dicom_seg(path, image)
-    if int(labels.max(initial=0)) >= geometry.num_classes:
-        raise DataError(
-            f"{path.name}: segment {labels.max()} found, expected 1 to {geometry.num_classes - 1}. Name a "
-            "class for every segment with --classes."
-        )
+    labels = read_dicom_seg(path, image, num_classes=geometry.num_classes)
     return Volume(labels, scan.geometry, "dicom", path, ())
 
 

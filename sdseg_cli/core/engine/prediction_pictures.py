@@ -129,7 +129,7 @@ def _volume_labels(task: PredictionTask, num_classes: int) -> np.ndarray:
     if task.series is not None and task.mask.suffix == ".dcm":
         from sdseg_cli.core.data.dicom_seg import read_dicom_seg
 
-        return read_dicom_seg(task.mask, task.series)
+        return read_dicom_seg(task.mask, task.series, num_classes=num_classes)
     return read_label_volume(task.mask, num_classes=num_classes).voxels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
 from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
 from sdseg_cli.core.data.geometry import VolumeGeometry
-from sdseg_cli.core.data.volume_files import itk_image, itk_voxels
+from sdseg_cli.core.data.volume_files import MAX_VOXELS, itk_image, itk_voxels
 from sdseg_cli.core.data.volumes import Volume, is_volume, read_label_volume
 from sdseg_cli.core.errors import DataError
 
@@ -68,13 +69,7 @@ def is_label_volume(path: Path) -> bool:
 def _read(path: Path, num_classes: int) -> Volume:
     if path.suffix.lower() not in DICOM_SUFFIXES:
         return read_label_volume(path, num_classes=num_classes)
-    volume = read_dicom_seg_alone(path)
-    if int(volume.voxels.max(initial=0)) >= num_classes:
-        raise DataError(
-            f"{path}: segment {volume.voxels.max()} found, expected 1 to {num_classes - 1}. Name a class for "
-            "every segment with --classes."
-        )
-    return volume
+    return read_dicom_seg_alone(path, num_classes=num_classes)
 
 
 def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:
@@ -93,6 +88,8 @@ def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:
             return predicted, truth
         low = np.minimum(block.start, 0)
         shape = np.maximum(block.stop, grid.shape) - low
+        if math.prod(shape.tolist()) > MAX_VOXELS:  # far apart: no grid is made that only holds air
+            return predicted, truth
         moved = np.eye(4)
         moved[:3, 3] = low
         grid = VolumeGeometry((int(shape[0]), int(shape[1]), int(shape[2])), grid.affine @ moved)
