@@ -244,7 +244,7 @@ def predict(
     }
     stated: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if codes:
-        stated["segment_codes"] = {name: str(code) for name, code in codes.items()}
+        stated["segment_codes"] = {name: code.with_category for name, code in codes.items()}
     identity = {**_model_identity(found.reference), **_with_decoder(decoder)}
     settings = {**identity, "seed": seed, **sampling, **stated}
     planned, tasks = tasks, part.of(tasks)

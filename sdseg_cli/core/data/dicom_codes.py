@@ -89,6 +89,11 @@ class SegmentCode:
         region = "" if self.region is None else f" in {_shown(self.region)}"
         return _shown(self.property_type, side) + region
 
+    @property
+    def with_category(self) -> str:
+        """All of it in words: two that differ anywhere differ here."""
+        return f"{_shown(self.category)}: {self}"
+
 
 def segment_code(class_name: str) -> SegmentCode:
     """Find the codes of a class by its name, whatever its case and the signs between its words."""

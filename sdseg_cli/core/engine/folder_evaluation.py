@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdseg_cli.core.data.dicom_seg import require_highdicom
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.slicing import SliceStack
@@ -127,7 +128,12 @@ def evaluate_folders(
     Yields:
         One record per case: its scores (distances in pixels, of volumes in mm between three-dimensional
         surfaces), or why it has none (unreadable, sizes or places differ).
+
+    Raises:
+        UsageError: there is a DICOM-SEG among them, and nothing to read it with.
     """
+    if any(path is not None and path.suffix == ".dcm" for _, *both in pairs.pairs for path in both):
+        require_highdicom()
     mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
     for case_id, prediction_path, truth_path in mine:
         try:
