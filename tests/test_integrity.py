@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from sdseg_cli import cli
 from sdseg_cli.core.errors import ModelError
@@ -29,22 +28,10 @@ from sdseg_cli.core.model.weights import (
     refer_to_autoencoder,
     replace_decoder,
 )
+from tests.small_models import small_kl
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET = {"sample_size": 4, "channels": (32,), "blocks": 1, "heads": 4, "attention_strides": ()}
-
-
-def make_kl() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
 
 
 def make_model(autoencoder: MaskAutoencoder, reference: dict[str, str] | None = None) -> SDSegPipeline:
@@ -117,7 +104,7 @@ def test_a_part_of_a_model_is_compared_with_the_manifest_of_the_model(loader, mo
 @pytest.mark.faults(16)
 @pytest.mark.parametrize("inside", [".", "vae"])
 def test_a_published_autoencoder_is_compared(inside, tmp_path):
-    make_kl().save_pretrained(tmp_path / "kl" / inside)
+    small_kl().save_pretrained(tmp_path / "kl" / inside)
     write_manifest(tmp_path / "kl", "autoencoder")
     load_published_autoencoder(str(tmp_path / "kl"))
     flip_a_bit(tmp_path / "kl" / inside / WEIGHTS)
@@ -127,7 +114,7 @@ def test_a_published_autoencoder_is_compared(inside, tmp_path):
 
 @pytest.mark.faults(16)
 def test_an_autoencoder_and_a_decoder_that_sdseg_made_are_compared_and_say_what_they_are_of(polyps, tmp_path):
-    make_kl().save_pretrained(tmp_path / "kl")
+    small_kl().save_pretrained(tmp_path / "kl")
     common = ["autoencoder", "--steps", "1", "--masks", "16", "--size", "64", "--crop", "32", "--batch-size"]
     common += ["2", "--data", str(polyps), "--device", "cpu", "--json", "--out"]
     made = {"autoencoder": [], "decoder": ["--distill", str(tmp_path / "kl")]}
@@ -144,13 +131,13 @@ def test_an_autoencoder_and_a_decoder_that_sdseg_made_are_compared_and_say_what_
         assert manifest["written"]
     assert manifest["teacher"]["location"] == str(tmp_path / "kl")
     assert len(manifest["teacher"]["sha256"]) == 64
-    pipeline = make_model(make_kl())
+    pipeline = make_model(small_kl())
     replace_decoder(pipeline, str(tmp_path / "decoder"))
     load_autoencoder(str(tmp_path / "autoencoder"))
     for kind in made:
         flip_a_bit(tmp_path / kind / WEIGHTS)
     with pytest.raises(ModelError, match=f"decoder/{WEIGHTS} is altered"):
-        replace_decoder(make_model(make_kl()), str(tmp_path / "decoder"))
+        replace_decoder(make_model(small_kl()), str(tmp_path / "decoder"))
     with pytest.raises(ModelError, match=f"autoencoder/{WEIGHTS} is altered"):
         load_autoencoder(str(tmp_path / "autoencoder"))
 

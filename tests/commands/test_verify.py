@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL
 
 from sdseg_cli import cli
 from sdseg_cli.core.data.images import write_png
@@ -20,6 +18,7 @@ from sdseg_cli.core.files import sha256_of
 from sdseg_cli.core.manifest import JOURNAL_FOLDER, joint_sum, model_sum, read_journal
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
+from tests.small_models import small_kl
 
 CAN_EXPORT = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
@@ -59,7 +58,7 @@ def made(polyps, tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
         assert sdseg("predict", place / "scans", "--out", place / "sharded", *cpu, "--shard", shard) == 0
     few = ("--steps", 1, "--masks", 16, "--size", 64, "--crop", 32, "--batch-size", 2, "--device", "cpu")
     assert sdseg("autoencoder", "--out", place / "network", *few) == 0
-    published().save_pretrained(place / "published")
+    small_kl().save_pretrained(place / "published")
     assert sdseg("convert", place / "published", "--out", place / "converted") == 0
     assert sdseg("autoencoder", "--distill", place / "published", "--out", place / "decoder", *few) == 0
     two = (place / "run", f"again={place / 'run'}", "--split", "test", "--draws", 0, "--device", "cpu")
@@ -68,19 +67,6 @@ def made(polyps, tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
     if CAN_EXPORT:
         assert sdseg("export", place / "run", "--out", place / "exported", "--format", "onnx") == 0
     return place
-
-
-def published() -> AutoencoderKL:
-    """A small KL autoencoder, as others publish them."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-    )
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from sdseg_cli.commands.autoencoder import autoencoder as command
 from sdseg_cli.core.engine.distillation import agreement, ask_teacher, make_mask_decoder, train_mask_decoder
@@ -19,31 +18,15 @@ from sdseg_cli.core.model.pipeline import SDSegPipeline
 from sdseg_cli.core.model.schedule import make_scheduler
 from sdseg_cli.core.model.unet import SDSegUNet
 from sdseg_cli.core.run_directory import resolve_model
+from tests.small_models import small_kl
 
 CPU = torch.device("cpu")
-
-
-def make_kl(seed: int = 0) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    return (
-        AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
 
 
 @pytest.fixture(scope="module")
 def kl(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kl")
-    make_kl().save_pretrained(folder)
+    small_kl().save_pretrained(folder)
     return folder
 
 
@@ -54,7 +37,7 @@ def model(tmp_path_factory):
     pipeline = SDSegPipeline(
         unet=SDSegUNet(sample_size=4, channels=(32,), blocks=1, heads=4, attention_strides=()),
         image_encoder=KLImageEncoder(channels=(32, 32, 32, 32), blocks=1),
-        autoencoder=make_kl(),
+        autoencoder=small_kl(),
         scheduler=make_scheduler("sample"),
         image_size=32,
     )
@@ -84,7 +67,7 @@ def squares(count: int, size: int = 32) -> list[np.ndarray]:
 
 def test_it_learns_what_the_full_decoder_makes_of_the_latents_of_masks():
     masks = squares(24)
-    teacher = make_kl()
+    teacher = small_kl()
     with torch.no_grad():  # one whose answers are no mask that it was given, as an untrained one's are not
         teacher.decoder.conv_out.weight.mul_(20)
     latents, wanted = (torch.stack(c) for c in zip(*ask_teacher(teacher, masks, device=CPU), strict=True))
@@ -113,7 +96,7 @@ def test_the_command_makes_a_decoder_that_a_prediction_can_use(small, model):
 
 def test_it_is_written_as_it_was_trained_and_reads_unscaled_latents(small):
     decoder = MaskDecoder.from_pretrained(small).eval()
-    assert decoder.config["made_for"] == fingerprint(make_kl())
+    assert decoder.config["made_for"] == fingerprint(small_kl())
     assert decoder.config["latent_std"] > 0
     assert spatial_factor(decoder) == 8
     latents = torch.randn(2, 4, 4, 4)
@@ -124,14 +107,14 @@ def test_it_is_written_as_it_was_trained_and_reads_unscaled_latents(small):
 
 
 def test_a_copy_at_half_size_has_the_same_fingerprint_and_other_weights_another():
-    assert fingerprint(make_kl().half()) == fingerprint(make_kl())
-    assert fingerprint(make_kl(1)) != fingerprint(make_kl())
+    assert fingerprint(small_kl().half()) == fingerprint(small_kl())
+    assert fingerprint(small_kl(1)) != fingerprint(small_kl())
 
 
 @pytest.mark.faults
 def test_a_decoder_of_another_autoencoder_is_refused(small, model, tmp_path):
     decoder = MaskDecoder.from_pretrained(small)
-    decoder.register_to_config(made_for=fingerprint(make_kl(1)))
+    decoder.register_to_config(made_for=fingerprint(small_kl(1)))
     decoder.save_pretrained(tmp_path / "other")
     with pytest.raises(UsageError, match="was made for another KL autoencoder"):
         load_predictor(resolve_model(str(model)), device="cpu", decoder=str(tmp_path / "other"))
