@@ -19,8 +19,8 @@ from sdseg_cli.commands._measured import (
 )
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
-from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
-from sdseg_cli.core.manifest import made_with, sum_of_files, write_manifest
+from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, sum_of_files, whole_folder
+from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
 

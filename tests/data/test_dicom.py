@@ -37,8 +37,11 @@ from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
 from sdseg_cli.core.engine.folder_evaluation import evaluate_folders
 from sdseg_cli.core.engine.folder_evaluation import pair_folders as pair_folders_of_masks
+from sdseg_cli.core.engine.prediction_plan import plan_predictions
+from sdseg_cli.core.engine.scans import read_scan
 from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import sum_of_files
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
 
@@ -520,6 +523,18 @@ def test_series_are_prepared_with_labels_of_any_format_as_their_volumes_are(tmp_
     data.save_as(late.files[0])
     after = [_source_hashes(case)[case.image_name] for case in pairs.cases]
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False]
+
+
+def test_a_series_has_the_same_checksum_wherever_it_is_recorded(tmp_path: Path) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    paths = write_series(images / "a")
+    labels, _ = label_volume(images / "a")
+    write_label_volume(masks / "a.nii.gz", labels, read_series(only(images / "a")).geometry)
+    (case,) = pair_folders(images, masks).cases
+    (task,) = plan_predictions([images], tmp_path / "out", recursive=True)
+    prepared = _source_hashes(case)["images/a"]
+    assert prepared == read_scan(task, None).sha256 == sum_of_files(paths)
 
 
 @pytest.mark.faults

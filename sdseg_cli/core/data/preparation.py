@@ -31,7 +31,7 @@ from sdseg_cli.core.data.slicing import Axis
 from sdseg_cli.core.data.splits import Split, split_to_yaml
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError, SdsegError
-from sdseg_cli.core.files import refuse_existing, sha256_of, whole_folder
+from sdseg_cli.core.files import refuse_existing, sha256_of, sum_of_files, whole_folder
 from sdseg_cli.core.grid import Box, Grid, Resize
 
 if TYPE_CHECKING:
@@ -406,18 +406,12 @@ def _check_arrays(image: np.ndarray, label_map: np.ndarray, num_classes: int) ->
 def _source_hashes(case: RawCase) -> dict[str, str]:
     if case.image_path is None or case.label_path is None:
         return {}
-    image_sum = sha256_of(case.image_path) if case.series is None else _sum_of_series(case.series)
+    files = [case.image_path] if case.series is None else case.series.files
     return {
-        case.image_name or case.image_path.name: image_sum,
+        case.image_name or case.image_path.name: sum_of_files(files),
         **{path.name: sha256_of(path) for path in case.channel_paths},
         case.label_name or case.label_path.name: sha256_of(case.label_path),
     }
-
-
-def _sum_of_series(series: DicomSeries) -> str:
-    """The SHA-256 of the names and the sums of its files."""
-    sums = {path.name: sha256_of(path) for path in series.files}
-    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
 # ---- parallel, in order, bounded ------------------------------------------------------------------------

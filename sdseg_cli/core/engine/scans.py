@@ -13,7 +13,7 @@ from sdseg_cli.core.data.slicing import Axis, SliceStack, apply_window, own_wind
 from sdseg_cli.core.data.volumes import Volume, files_of_volume, read_volume
 from sdseg_cli.core.engine.prediction_plan import PredictionTask, readable
 from sdseg_cli.core.errors import DataError
-from sdseg_cli.core.manifest import sum_of_files
+from sdseg_cli.core.files import sum_of_files
 
 
 @dataclass(frozen=True)
