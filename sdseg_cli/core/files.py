@@ -142,6 +142,14 @@ def make_shared(path: Path) -> None:
         path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
 
 
+def visible_files(folder: Path, *, recursive: bool = False) -> Iterator[Path]:
+    """The files of a folder, or also of its subfolders, without hidden ones and those in hidden folders."""
+    for path in folder.rglob("*") if recursive else folder.iterdir():
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and path.is_file():
+            yield path
+
+
 def sha256_of(path: Path) -> str:
     """Hash a file.
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdseg_cli.core.data.preparation import Geometry
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
-from sdseg_cli.core.data.volumes import VolumeGeometry, is_volume, read_label_volume, write_label_volume
+from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
 from sdseg_cli.core.engine.prediction import (
     plan_predictions,
     predict_files,
@@ -407,11 +407,6 @@ def test_a_mask_that_cannot_be_written_says_so(tmp_path):
     (record,) = predict_files(tasks, BrightIsForeground())
     assert record.status == "failed"
     assert "cannot be written" in record.error
-
-
-def test_hidden_files_are_no_volumes():
-    assert not is_volume(Path("._a.nii.gz"))
-    assert is_volume(Path("a.nii.gz"))
 
 
 def test_the_page_shows_slices_of_a_volume_from_its_fullest_on(scans, out):

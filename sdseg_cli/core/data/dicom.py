@@ -74,7 +74,7 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
     strays: list[tuple[Path, str]] = []
     has_dicom = False
     for path in sorted(files, key=lambda entry: natural_key(entry.name)):
-        if path.suffix.lower() in IMAGE_SUFFIXES or volume_suffix(path) or path.name.startswith("."):
+        if path.suffix.lower() in IMAGE_SUFFIXES or volume_suffix(path):
             continue
         named = path.suffix.lower() in DICOM_SUFFIXES
         has_dicom |= named

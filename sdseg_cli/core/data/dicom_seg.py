@@ -13,13 +13,23 @@ from typing import Any
 import numpy as np
 
 from sdseg_cli import __version__
-from sdseg_cli.core.data.dicom import DicomSeries, sorted_slices, without_values
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, sorted_slices, without_values
 from sdseg_cli.core.data.dicom_codes import SegmentCode
 from sdseg_cli.core.data.geometry import VolumeGeometry, geometry_from_lps
-from sdseg_cli.core.data.volume_files import MAX_VOXELS
+from sdseg_cli.core.data.volume_files import MAX_VOXELS, volume_suffix
 from sdseg_cli.core.data.volumes import Volume
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
+
+
+def is_label_volume(path: Path) -> bool:
+    """Whether a file is a label volume by its name: a volume, or what may be a DICOM-SEG."""
+    return volume_suffix(path) is not None or is_dicom_seg(path)
+
+
+def is_dicom_seg(path: Path) -> bool:
+    """Whether a file of labels is a DICOM-SEG by its name."""
+    return path.suffix.lower() in DICOM_SUFFIXES
 
 
 def require_highdicom() -> None:

@@ -13,6 +13,7 @@ from sdseg_cli.core.data.pairs import Pairs
 from sdseg_cli.core.data.preparation import Problem, RawCase
 from sdseg_cli.core.data.volume_files import SUFFIX_FORMATS
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import visible_files
 
 _CHANNEL_DIGITS = 4
 
@@ -179,7 +180,7 @@ def _classes(file: Path, labels: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
-    found = [p for p in folder.iterdir() if p.name.lower().endswith(ending) and not p.name.startswith(".")]
+    found = [path for path in visible_files(folder) if path.name.lower().endswith(ending)]
     return sorted(found, key=lambda path: natural_key(path.name))
 
 

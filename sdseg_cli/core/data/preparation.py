@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdseg_cli import __version__
-from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries
+from sdseg_cli.core.data.dicom import DicomSeries
+from sdseg_cli.core.data.dicom_seg import is_label_volume
 from sdseg_cli.core.data.images import encode_png, read_image, read_label_map, read_orientation
 from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest, decode_png
 from sdseg_cli.core.data.slicing import Axis
@@ -348,10 +349,8 @@ def _read_case(case: RawCase, geometry: Geometry) -> tuple[Iterable[RawSlice], t
     if case.reader is not None:
         single, notes = case.reader(case.image_path, case.label_path)
         return [single], notes
-    label_suffix = case.label_path.suffix.lower()
-    is_label_volume = volume_suffix(case.label_path) is not None or label_suffix in DICOM_SUFFIXES
-    if case.is_volume or is_label_volume:
-        if not (case.is_volume and is_label_volume):
+    if case.is_volume or is_label_volume(case.label_path):
+        if not (case.is_volume and is_label_volume(case.label_path)):
             raise DataError(
                 f"{case.image_path.name} and {case.label_path.name}: a volume and a picture cannot be a pair."
             )

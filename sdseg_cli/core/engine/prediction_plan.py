@@ -20,6 +20,7 @@ from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.files import visible_files
 from sdseg_cli.core.manifest import unfinished
 
 if TYPE_CHECKING:
@@ -291,12 +292,9 @@ def _find(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str]
 
 
 def _found_in(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str], None]) -> list[_Found]:
-    files = [path for path in (scan.rglob("*") if recursive else scan.iterdir()) if path.is_file()]
+    holds_out = recursive and _is_inside(out, scan)
     files = [
-        path
-        for path in files
-        if not any(part.startswith(".") for part in path.relative_to(scan).parts)
-        and not (recursive and _is_inside(out, scan) and _is_inside(path, out))
+        path for path in visible_files(scan, recursive=recursive) if not (holds_out and _is_inside(path, out))
     ]
     found: list[_Found] = []
     others: dict[Path, list[Path]] = {}

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
-from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
+from sdseg_cli.core.data.dicom_seg import is_dicom_seg, is_label_volume, read_dicom_seg_alone
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.volume_files import MAX_VOXELS, itk_image, itk_voxels
-from sdseg_cli.core.data.volumes import Volume, is_volume, read_label_volume
+from sdseg_cli.core.data.volumes import Volume, read_label_volume
 from sdseg_cli.core.errors import DataError
 
 
@@ -61,15 +60,10 @@ def read_volume_pair(
     return VolumePair(voxels, truth.voxels, truth.geometry)
 
 
-def is_label_volume(path: Path) -> bool:
-    """Whether a file is a label volume by its name; DICOM-SEG is one."""
-    return is_volume(path) or path.suffix.lower() in DICOM_SUFFIXES
-
-
 def _read(path: Path, num_classes: int) -> Volume:
-    if path.suffix.lower() not in DICOM_SUFFIXES:
-        return read_label_volume(path, num_classes=num_classes)
-    return read_dicom_seg_alone(path, num_classes=num_classes)
+    if is_dicom_seg(path):
+        return read_dicom_seg_alone(path, num_classes=num_classes)
+    return read_label_volume(path, num_classes=num_classes)
 
 
 def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:
