@@ -31,6 +31,7 @@ from sdseg_cli.core.data.prepared import MANIFEST_FILE, SPLITS, DatasetManifest,
 from sdseg_cli.core.data.slicing import Axis
 from sdseg_cli.core.data.splits import Split, split_to_yaml
 from sdseg_cli.core.data.volume_files import volume_suffix
+from sdseg_cli.core.data.volumes import files_of_volume
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import refuse_existing, sha256_of, sum_of_files, whole_folder
 from sdseg_cli.core.grid import Box, Grid, Resize
@@ -403,13 +404,14 @@ def _check_arrays(image: np.ndarray, label_map: np.ndarray, num_classes: int) ->
 
 
 def _source_hashes(case: RawCase) -> dict[str, str]:
+    """Name -> SHA-256 of the files that hold the image, its further channels and its labels."""
     if case.image_path is None or case.label_path is None:
         return {}
-    files = [case.image_path] if case.series is None else case.series.files
+    image_files = files_of_volume(case.image_path) if case.series is None else case.series.files
     return {
-        case.image_name or case.image_path.name: sum_of_files(files),
-        **{path.name: sha256_of(path) for path in case.channel_paths},
-        case.label_name or case.label_path.name: sha256_of(case.label_path),
+        case.image_name or case.image_path.name: sum_of_files(image_files),
+        **{path.name: sum_of_files(files_of_volume(path)) for path in case.channel_paths},
+        case.label_name or case.label_path.name: sum_of_files(files_of_volume(case.label_path)),
     }
 
 
