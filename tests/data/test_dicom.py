@@ -361,10 +361,13 @@ def test_codes_that_are_none_are_told_with_their_lines(codes: str, message: str,
 
 
 def test_a_class_that_the_model_does_not_have_cannot_be_coded(tmp_path: Path) -> None:
-    (tmp_path / "codes.yaml").write_text("liver: SCT:10200004:Liver\npolyp: SCT:41329004:Polyp")
+    (tmp_path / "codes.yaml").write_text("polyp: SCT:41329004:Polyp\nliver: SCT:10200004:Liver\n")
     stated = read_segment_codes(tmp_path / "codes.yaml")
-    with pytest.raises(UsageError, match="the model has no class liver; its classes are polyp"):
+    told = "liver: the model has no class of this name, expected polyp; mend it or leave it out"
+    with pytest.raises(UsageError, match=told):
         codes_of(("background", "polyp"), stated)
+    with pytest.raises(UsageError, match=rf"codes\.yaml: line 2: {told}\."):
+        read_segment_codes(tmp_path / "codes.yaml", ("background", "polyp"))
     with pytest.raises(UsageError, match="cannot be read"):
         read_segment_codes(tmp_path / "absent.yaml")
 
