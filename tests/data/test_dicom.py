@@ -44,6 +44,7 @@ from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import sum_of_files
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
+DISTANCES = "expected more than 0 and less than 1,000,000 mm"
 
 
 def stored(count: int = SLICES) -> np.ndarray:
@@ -440,7 +441,9 @@ def test_without_highdicom_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
     ("name", "value", "message"),
     [
         ("ImageOrientationPatient", None, "headers cannot be used"),
-        ("PixelSpacing", [0, 0], "PixelSpacing is 0 x 0 mm; expected more than 0"),
+        ("PixelSpacing", [0, 0], f"PixelSpacing is 0 x 0 mm; {DISTANCES}"),
+        ("PixelSpacing", [2e6, 1], rf"PixelSpacing is 2e\+06 x 1 mm; {DISTANCES}"),
+        ("SliceThickness", 3e6, rf"SpacingBetweenSlices or SliceThickness is 3e\+06 mm; {DISTANCES}"),
         ("ImagePositionPatient", [1.0, 2.0], "headers cannot be used"),
     ],
 )
@@ -459,6 +462,13 @@ def test_a_damaged_value_makes_a_stray_and_not_the_end_of_the_search(tmp_path):
     found = find_series(list(tmp_path.iterdir()))
     assert [path.name for path, _ in found.strays] == [paths[0].name]
     assert [len(series.files) for series in found.series] == [SLICES - 1]
+
+
+@pytest.mark.faults
+def test_slices_too_far_apart_are_refused_with_the_range(tmp_path):
+    write_series(tmp_path, thick=2e6)
+    with pytest.raises(DataError, match=rf"the slices are 2e\+06 mm apart; {DISTANCES}"):
+        read_series(only(tmp_path))
 
 
 def test_without_a_stated_spacing_the_volume_says_that_millilitres_mean_nothing(tmp_path):
