@@ -169,7 +169,7 @@ def folder(
     """Prepare your own images or volumes and masks, paired by name.
 
     Images are PNG, JPEG, TIFF or BMP; volumes are NIfTI, NRRD, MetaImage or DICOM series, and are cut into
-    slices.
+    slices. Masks are images or volumes likewise; that of a DICOM series may be a DICOM-SEG.
 
     Examples:
         sdseg prepare folder --images scans --masks labels --classes polyp

@@ -60,11 +60,12 @@ def pair_folders(
     mask_files = _list_files(masks, is_label_volume)
     series, strays = _find_series(images, masks, mask_files, mask_suffix)
     image_files = _in_order([*image_files, *series], images)
-    for folder, files, what in ((images, image_files, "images"), (masks, mask_files, "masks")):
+    wanted = ((images, image_files, "images", "DICOM series"), (masks, mask_files, "masks", "DICOM-SEG"))
+    for folder, files, what, dicom in wanted:
         if not files:
             raise DataError(
                 f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files, or volumes (NIfTI, "
-                "NRRD, MetaImage, DICOM). Check the path."
+                f"NRRD, MetaImage, {dicom}). Check the path."
             )
     image_stems = _by_stem(image_files, images, "", whole=series)
     mask_stems = _by_stem(mask_files, masks, mask_suffix)

@@ -96,8 +96,8 @@ def masks_by_name(folder: Path, what: str) -> dict[str, Path]:
     files = sorted(files, key=lambda path: natural_key(path.name))
     if not files:
         raise DataError(
-            f"{folder}: no image files in the folder of the {what}, nor volumes. Expected masks, "
-            "e.g. PNG or NIfTI."
+            f"{folder}: no masks in the folder of the {what}. Expected PNG, JPEG, TIFF or BMP files, or "
+            "volumes (NIfTI, NRRD, MetaImage, DICOM-SEG). Check the path."
         )
     stems = Counter(_stem(path) for path in files)
     return {_stem(path) if stems[_stem(path)] == 1 else path.name: path for path in files}
