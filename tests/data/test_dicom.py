@@ -24,9 +24,9 @@ from sdseg_cli.core.data.dicom_codes import (
     segment_code,
 )
 from sdseg_cli.core.data.dicom_seg import (
+    LoneDicomSeg,
     _description,
     read_dicom_seg,
-    read_dicom_seg_alone,
     require_highdicom,
     write_dicom_seg,
 )
@@ -683,7 +683,7 @@ def segmented(tmp_path: Path) -> tuple[Path, np.ndarray, VolumeGeometry]:
 
 def test_a_segmentation_is_scored_against_volumes_whatever_their_axes(segmented, tmp_path: Path) -> None:
     seg, labels, geometry = segmented
-    alone = read_dicom_seg_alone(seg)
+    alone = LoneDicomSeg.open(seg).volume()
     assert alone.geometry.shape == (COLUMNS, ROWS, 3)  # without the empty first and last slice
     stored = nibabel.Nifti1Image(labels, geometry.affine)
     for name, axes in (("same", "LPS"), ("other", "SAR"), ("turned", "PIL")):
@@ -718,6 +718,71 @@ def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segme
     )
     shared = int(((labels == 1) & (other == 1)).sum())
     assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
+
+
+def changed(seg: Path, name: str, *, frame: bool = False, spacing: bool = True, sources: bool = True) -> Path:
+    """The same DICOM-SEG in another frame of reference, without a slice spacing or its references."""
+    document = pydicom.dcmread(seg)
+    if frame:
+        document.FrameOfReferenceUID = generate_uid()
+    if not spacing:
+        del document.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+    if not sources:
+        del document.ReferencedSeriesSequence
+        for groups in document.PerFrameFunctionalGroupsSequence:
+            del groups.DerivationImageSequence
+    document.save_as(seg.with_name(name))
+    return seg.with_name(name)
+
+
+@pytest.mark.faults
+def test_places_in_two_frames_of_reference_are_compared_only_by_their_slices(segmented, tmp_path) -> None:
+    seg, labels, _ = segmented
+    read_volume_pair("case", seg, changed(seg, "known.dcm", frame=True), 3)
+    unknown = changed(seg, "unknown.dcm", frame=True, sources=False)
+    with pytest.raises(DataError, match=r"a\.dcm and .*unknown\.dcm differ in their FrameOfReferenceUID"):
+        read_volume_pair("case", seg, unknown, 3)
+    read_volume_pair("case", seg, changed(seg, "same.dcm", sources=False), 3)
+    series = only(tmp_path / "images" / "a")
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "known.dcm", series), labels)
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "same.dcm", series), labels)
+    with pytest.raises(DataError, match=r"unknown\.dcm: refers to no slices, and its FrameOfReference"):
+        read_dicom_seg(unknown, series)
+
+
+@pytest.mark.parametrize("marked", [(0, 3), (0, 2, 3), (0, 2, 4), (1,)])
+def test_a_segmentation_with_gaps_of_unstated_width_is_scored_on_the_grid_of_the_other(
+    marked: tuple[int, ...], segmented, tmp_path: Path
+) -> None:
+    _, whole, geometry = segmented
+    labels = np.zeros_like(whole)
+    labels[1:5, 2:6, list(marked)] = 1
+    seg, full = tmp_path / "gaps.dcm", tmp_path / "full.dcm"
+    series = only(tmp_path / "images" / "a")
+    for path, values in ((seg, labels), (full, np.ones_like(whole))):
+        write_dicom_seg(path, values, series, codes_of(("background", "x", "y"), {}))
+    gaps = changed(seg, "unstated.dcm", spacing=False)
+    assert LoneDicomSeg.open(gaps).lacks_spacing
+    write_label_volume(tmp_path / "truth.nii.gz", labels, geometry)
+    found = read_volume_pair("case", gaps, tmp_path / "truth.nii.gz", 3)
+    np.testing.assert_array_equal(found.prediction, labels)
+    for stated in (full, changed(full, "both unstated.dcm", spacing=False)):
+        for swap in (False, True):
+            pair = (stated, gaps) if swap else (gaps, stated)
+            found = read_volume_pair("case", *pair, 3)
+            one = found.ground_truth if swap else found.prediction
+            np.testing.assert_array_equal(one, labels[:, :, ::-1])  # which is how highdicom counts
+
+
+@pytest.mark.faults
+def test_a_segmentation_of_other_slices_keeps_its_own_distance_between_them(segmented, tmp_path) -> None:
+    seg, whole, geometry = segmented
+    coarse = VolumeGeometry(geometry.shape, geometry.affine @ np.diag([1, 1, 1.7, 1]))
+    write_label_volume(tmp_path / "coarse.nii.gz", whole, coarse)
+    unstated = changed(seg, "unstated.dcm", spacing=False)
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3)
+    assert read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3, resample=True).prediction.any()
 
 
 def test_a_block_of_a_grid_lies_on_it_along_every_axis() -> None:
