@@ -11,13 +11,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,7 @@ _SHEET_ITEMS = 24
 _SHOWN_PROBLEMS = 100
 _BATCH_ROWS = 64  # of an arrow file; a prepared slice takes some 150 kB
 _AHEAD = 32  # cases; a prepared volume takes some 30 MB
+_SIGNALS_OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SheetItem = tuple[str, np.ndarray, np.ndarray]  # title, image, label map; both on the model grid
 
@@ -425,19 +429,49 @@ def _executor(workers: int | None, cases: int) -> Iterator[ProcessPoolExecutor |
     if count <= 1:
         yield None
         return
-    # Spawned, not forked: a fork of a process with threads (arrow's, torch's) can hang.
-    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
+    executor = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_watch_parent)
     try:
         yield executor
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent acts on it."""
-    import signal
+class _Worker(SpawnProcess):
+    """A process that leaves the signals which end a command to its parent.
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Ctrl-C, a closed terminal and a scheduler's SIGTERM reach every process of the group. A worker that acted
+    on them would print of its own, or be taken for one that died for lack of memory.
+    """
+
+    def start(self) -> None:
+        """Start with these signals blocked: the mask is inherited, and holds from the first moment on."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_PARENT)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self) -> None:
+        """The pool ends the others so when one has died."""
+        self.kill()
+
+
+class _Context(SpawnContext):
+    """Spawned, not forked: a fork of a process with threads (arrow's, torch's) can hang."""
+
+    Process = _Worker
+
+
+def _watch_parent() -> None:
+    """End this process with its parent, which may be killed: it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None  # noqa: S101  (a worker is started by somebody)
+
+    def end() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _in_order(
