@@ -32,7 +32,7 @@ from sdseg_cli.core.data.dicom_seg import (
 )
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
+from sdseg_cli.core.data.raw_cases import Geometry, RawCase, read_case, source_hashes
 from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
 from sdseg_cli.core.engine.folder_evaluation import evaluate_folders
@@ -496,7 +496,7 @@ def label_volume(folder: Path) -> tuple[np.ndarray, Path]:
 
 
 def slices_of(case, num_classes: int = 3) -> list:
-    slices, _ = _read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
+    slices, _ = read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
     return list(slices)
 
 
@@ -529,12 +529,12 @@ def test_series_are_prepared_with_labels_of_any_format_as_their_volumes_are(tmp_
             np.testing.assert_array_equal(found.label_map, wanted.label_map)
             np.testing.assert_array_equal(found.image, wanted.image)
             assert found.spacing_mm == pytest.approx(wanted.spacing_mm)
-    before = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    before = [source_hashes(case)[case.image_name] for case in pairs.cases]
     assert len({*before}) == 3
     data = pydicom.dcmread(late.files[0])
     data.PatientName = "Other"
     data.save_as(late.files[0])
-    after = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    after = [source_hashes(case)[case.image_name] for case in pairs.cases]
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False]
 
 
@@ -546,7 +546,7 @@ def test_a_series_has_the_same_checksum_wherever_it_is_recorded(tmp_path: Path) 
     write_label_volume(masks / "a.nii.gz", labels, read_series(only(images / "a")).geometry)
     (case,) = pair_folders(images, masks).cases
     (task,) = plan_predictions([images], tmp_path / "out", recursive=True)
-    prepared = _source_hashes(case)["images/a"]
+    prepared = source_hashes(case)["images/a"]
     assert prepared == read_scan(task, None).sha256 == sum_of_files(paths)
 
 

@@ -9,11 +9,14 @@ import SimpleITK as sitk
 from PIL import Image
 
 from sdseg_cli.core.data.benchmarks import STS3D, btcv, find_btcv, find_refuge, find_sts3d
+from sdseg_cli.core.data.converting import convert
 from sdseg_cli.core.data.fundus import around, around_bright_disc
+from sdseg_cli.core.data.gathering import Description
 from sdseg_cli.core.data.nnunet import find_nnunet, read_nnunet
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Description, Geometry, Problem, _convert, _source_hashes, prepare
+from sdseg_cli.core.data.preparation import prepare
 from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.data.raw_cases import Geometry, Problem, source_hashes
 from sdseg_cli.core.data.splits import Split
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
@@ -187,11 +190,11 @@ def test_voxels_apart_from_their_header_count_for_the_checksum_of_a_volume(tmp_p
         (tmp_path / folder).mkdir()
         sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / folder / "a.mhd"))
     (case,) = pair_folders(tmp_path / "images", tmp_path / "masks").cases
-    before = _source_hashes(case)
+    before = source_hashes(case)
     for folder in ("images", "masks"):
         data = tmp_path / folder / "a.raw"
         data.write_bytes(data.read_bytes()[::-1])
-    after = _source_hashes(case)
+    after = source_hashes(case)
     assert sorted(before) == sorted(after) == ["images/a.mhd", "masks/a.mhd"]
     assert not {*before.values()} & {*after.values()}
 
@@ -375,4 +378,4 @@ def test_only_volumes_lose_their_training_slices_without_foreground(tmp_path):
             Image.fromarray(array).save(tmp_path / folder / f"{index}.png")
     pairs = pair_folders(tmp_path / "images", tmp_path / "masks")
     geometry = Geometry(8, foreground_slices_only=True, holds_volumes=True)
-    assert not isinstance(_convert(pairs.cases[0], geometry, "train"), Problem)
+    assert not isinstance(convert(pairs.cases[0], geometry, "train"), Problem)

@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdseg_cli.core.data.preparation import _executor, _in_order
+from sdseg_cli.core.data.workers import in_order, worker_pool
 from sdseg_cli.core.errors import DataError
 
 PARENT = """
 import os, time
-from sdseg_cli.core.data.preparation import _executor
+from sdseg_cli.core.data.workers import worker_pool
 
 if __name__ == "__main__":
-    with _executor(1 + 1, 2) as executor:
+    with worker_pool(1 + 1, 2) as executor:
         [job.result() for job in [executor.submit(os.getpid) for _ in range(2)]]
         print(*executor._processes, flush=True)
         time.sleep(60)
@@ -36,7 +36,7 @@ def wait_until_gone(numbers: list[int]) -> None:
 
 @pytest.mark.faults(28)
 def test_workers_leave_signals_to_their_parent_and_a_killed_one_ends_the_others() -> None:
-    with _executor(2, 2) as executor:
+    with worker_pool(2, 2) as executor:
         assert executor is not None
         [job.result() for job in [executor.submit(os.getpid) for _ in range(2)]]
         workers = [*executor._processes]
@@ -44,12 +44,12 @@ def test_workers_leave_signals_to_their_parent_and_a_killed_one_ends_the_others(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             for worker in workers:
                 os.kill(worker, number)
-        assert {*_in_order(executor, [os.getpid] * 4)} <= {*workers}
+        assert {*in_order(executor, [os.getpid] * 4)} <= {*workers}
         for _ in workers:
             executor.submit(time.sleep, 300)  # both are busy when one of them dies
         os.kill(workers[0], signal.SIGKILL)
         with pytest.raises(DataError, match="a worker process ended unexpectedly"):
-            list(_in_order(executor, [os.getpid]))
+            list(in_order(executor, [os.getpid]))
     wait_until_gone(workers)
 
 

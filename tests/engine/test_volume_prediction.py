@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from sdseg_cli.core.data.preparation import Geometry
+from sdseg_cli.core.data.raw_cases import Geometry
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
 from sdseg_cli.core.engine.prediction import (

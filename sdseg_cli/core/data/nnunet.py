@@ -10,7 +10,7 @@ from typing import Any
 
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.pairs import Pairs
-from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.raw_cases import Problem, RawCase
 from sdseg_cli.core.data.volume_files import SUFFIX_FORMATS
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import visible_files

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from sdseg_cli.core.data.dicom import DicomSeries, find_series
 from sdseg_cli.core.data.dicom_seg import is_label_volume
 from sdseg_cli.core.data.images import list_images, natural_key
-from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.raw_cases import Problem, RawCase
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import visible_files

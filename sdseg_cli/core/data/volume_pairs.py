@@ -9,7 +9,7 @@ import numpy as np
 
 from sdseg_cli.core.data.dicom import DicomSeries, read_series
 from sdseg_cli.core.data.dicom_seg import is_dicom_seg, read_dicom_seg
-from sdseg_cli.core.data.preparation import Geometry, RawSlice
+from sdseg_cli.core.data.raw_cases import Geometry, RawSlice
 from sdseg_cli.core.data.slicing import SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_label_volume, read_volume
 from sdseg_cli.core.errors import DataError
