@@ -19,8 +19,8 @@ from sdseg_cli.commands._measured import (
 )
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
-from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
-from sdseg_cli.core.manifest import made_with, sum_of_files, write_manifest
+from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, sum_of_files, visible_files, whole_folder
+from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
@@ -148,16 +148,16 @@ class _Found:
 
     @classmethod
     def of(cls, source: Source) -> _Found:
+        from sdseg_cli.core.data.dicom_seg import is_label_volume
         from sdseg_cli.core.data.images import list_images
         from sdseg_cli.core.engine.comparison_sources import holds_scores
-        from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 
         folder = Path(source.location).expanduser()
         if holds_scores(folder):
             return cls(source, "scores")
         is_model = any((folder / name).is_file() for name in ("run.json", "model_index.json", EXPORT_FILE))
         if folder.is_dir() and not is_model:
-            if not list_images(folder) and not any(is_label_volume(path) for path in folder.iterdir()):
+            if not list_images(folder) and not any(map(is_label_volume, visible_files(folder))):
                 raise UsageError(
                     f"{folder} holds no run, no model, no masks and no scores. Give a run directory, a model "
                     "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."

@@ -110,15 +110,26 @@ class Model:
         }
 
     @cached_property
-    def training_data(self) -> Mapping[str, Any]:
-        """What the model says of the data it was trained on and of its use; empty if it says nothing."""
+    def stated(self) -> Mapping[str, Any]:
+        """What the model says of itself, before it is loaded; empty if it says nothing that can be read."""
         for name in ("model_index.json", EXPORT_FILE):
             try:
-                content = json.loads(self._file(name).read_text(encoding="utf-8"))
-                return dict(content.get("training_data") or {})
-            except (OSError, ValueError, TypeError, AttributeError):
+                return dict(json.loads(self._file(name).read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
                 continue
         return {}
+
+    @property
+    def training_data(self) -> Mapping[str, Any]:
+        """What the model says of the data it was trained on and of its use; empty if it says nothing."""
+        known = self.stated.get("training_data")
+        return known if isinstance(known, dict) else {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, the background first; empty if the model does not say."""
+        known = self.stated.get("classes")
+        return tuple(map(str, known)) if isinstance(known, list) else ()
 
     @property
     def channels(self) -> tuple[int, ...]:

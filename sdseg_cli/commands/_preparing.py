@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdseg_cli.core.data.benchmarks import Benchmark
-    from sdseg_cli.core.data.preparation import CaseRecord, Description, Geometry, Problem, RawCase, SheetItem
+    from sdseg_cli.core.data.gathering import Description, SheetItem
+    from sdseg_cli.core.data.preparation import CaseRecord
+    from sdseg_cli.core.data.raw_cases import Geometry, Problem, RawCase
     from sdseg_cli.core.data.slicing import Axis
     from sdseg_cli.core.data.splits import Split
 
@@ -104,7 +106,8 @@ def prepare_benchmark(
 ) -> None:
     """Prepare a public data set; ``details`` are recorded, the last three are for volumes."""
     from sdseg_cli.console import say, warn
-    from sdseg_cli.core.data.preparation import Description, Geometry
+    from sdseg_cli.core.data.gathering import Description
+    from sdseg_cli.core.data.raw_cases import Geometry
     from sdseg_cli.core.recipe import resources_root
 
     check_out(out, size, overwrite)
@@ -170,7 +173,7 @@ def fit_split(
     may_share_groups: bool = False,
 ) -> tuple[Split, list[Problem], list[str]]:
     """Read a split file and fit it to the cases: (split, all problems, groups it cuts)."""
-    from sdseg_cli.core.data.preparation import Problem
+    from sdseg_cli.core.data.raw_cases import Problem
     from sdseg_cli.core.data.splits import check_split, read_split
 
     found = list(problems)

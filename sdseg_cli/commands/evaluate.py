@@ -141,6 +141,7 @@ def evaluate(
     summary.json (mean, median, bootstrap 95 % interval), overlays/ (the worst cases) and report.html,
     one page to look at: intervals, calibration, best and worst cases, every case in a table.
     Cases that cannot be scored are listed, and the exit code is then 3.
+    Folders hold masks as PNG, JPEG, TIFF or BMP, or as volumes: NIfTI, NRRD, MetaImage or DICOM-SEG.
 
     Examples:
 

@@ -227,7 +227,7 @@ def predict(
         channels=found.channels,
         on_stray=lambda path, reason: console.warn(f"{readable(path)}: {reason}; it is left out"),
     )
-    codes = _stated_codes(segment_codes, mask_format)
+    codes = _stated_codes(segment_codes, mask_format, found.classes)
     limits = parse_window(window)
     if not any(task.is_volume for task in tasks):
         of_volumes = {"--window": window, "--axis": axis, "--nan-fill": nan_fill}
@@ -548,8 +548,10 @@ class _Session:
         }
 
 
-def _stated_codes(path: Path | None, mask_format: VolumeFormat) -> dict[str, SegmentCode]:
-    """What --segment-codes says; nothing where it is not given."""
+def _stated_codes(
+    path: Path | None, mask_format: VolumeFormat, classes: Sequence[str]
+) -> dict[str, SegmentCode]:
+    """What --segment-codes says of the model's classes; nothing where it is not given."""
     if path is None:
         return {}
     if mask_format != VolumeFormat.dicom_seg:
@@ -558,7 +560,7 @@ def _stated_codes(path: Path | None, mask_format: VolumeFormat) -> dict[str, Seg
         )
     from sdseg_cli.core.data.dicom_codes import read_segment_codes
 
-    return read_segment_codes(path)
+    return read_segment_codes(path, classes)
 
 
 def _with_decoder(decoder: Path | None) -> dict[str, str]:

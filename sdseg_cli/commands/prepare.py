@@ -31,7 +31,7 @@ from sdseg_cli.commands._preparing import (
 from sdseg_cli.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdseg_cli.core.data.preparation import Problem
+    from sdseg_cli.core.data.raw_cases import Problem
     from sdseg_cli.core.data.splits import Split
 
 EXAMPLES = """
@@ -90,9 +90,10 @@ def nnunet(
         sdseg prepare nnunet Dataset001_BrainTumour --channels 0,2,3 --out data/brain
         sdseg prepare nnunet Dataset120_Roads --fractions 0.9,0.1,0
     """
+    from sdseg_cli.core.data.gathering import Description
     from sdseg_cli.core.data.nnunet import find_nnunet, read_nnunet
     from sdseg_cli.core.data.pairs import group_by_pattern
-    from sdseg_cli.core.data.preparation import Description, Geometry
+    from sdseg_cli.core.data.raw_cases import Geometry
 
     if split is not None and fractions is not None:
         raise UsageError("--split and --fractions exclude each other: choose one of the two.")
@@ -169,7 +170,7 @@ def folder(
     """Prepare your own images or volumes and masks, paired by name.
 
     Images are PNG, JPEG, TIFF or BMP; volumes are NIfTI, NRRD, MetaImage or DICOM series, and are cut into
-    slices.
+    slices. Masks are images or volumes likewise; that of a DICOM series may be a DICOM-SEG.
 
     Examples:
         sdseg prepare folder --images scans --masks labels --classes polyp
@@ -179,8 +180,9 @@ def folder(
         sdseg prepare folder --source all.zip --images img --masks seg --mask-suffix _mask
         sdseg prepare folder --images ct --masks seg --classes liver --window -100,200
     """
+    from sdseg_cli.core.data.gathering import Description
     from sdseg_cli.core.data.pairs import group_by_pattern, pair_folders
-    from sdseg_cli.core.data.preparation import Description, Geometry
+    from sdseg_cli.core.data.raw_cases import Geometry
 
     if split is not None and fractions is not None:
         raise UsageError("--split and --fractions exclude each other: choose one of the two.")
@@ -247,8 +249,9 @@ def phantom(
         sdseg prepare phantom --kind organs --cases 300 --size 128 --out data/organs
     """
     from sdseg_cli.core.data.benchmarks import phantom_cases
+    from sdseg_cli.core.data.gathering import Description
     from sdseg_cli.core.data.phantom import phantom_classes
-    from sdseg_cli.core.data.preparation import Description, Geometry
+    from sdseg_cli.core.data.raw_cases import Geometry
     from sdseg_cli.core.data.splits import make_split
 
     out = out or Path("data") / "phantom"

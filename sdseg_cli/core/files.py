@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sdseg_cli.core.errors import UsageError
@@ -142,6 +142,14 @@ def make_shared(path: Path) -> None:
         path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
 
 
+def visible_files(folder: Path, *, recursive: bool = False) -> Iterator[Path]:
+    """The files of a folder, or also of its subfolders, without hidden ones and those in hidden folders."""
+    for path in folder.rglob("*") if recursive else folder.iterdir():
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and path.is_file():
+            yield path
+
+
 def sha256_of(path: Path) -> str:
     """Hash a file.
 
@@ -150,6 +158,19 @@ def sha256_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def joint_sum(sums: Mapping[str, str]) -> str:
+    """One SHA-256 of several files: of the lines ``SUM  NAME`` by name, as ``sha256sum`` prints them."""
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def sum_of_files(paths: Sequence[Path]) -> str:
+    """The SHA-256 of a file, or the :func:`joint_sum` of several by their names."""
+    if len(paths) == 1:
+        return sha256_of(paths[0])
+    return joint_sum({path.name: sha256_of(path) for path in paths})
 
 
 def is_zip(path: Path) -> bool:

@@ -8,18 +8,17 @@ and processes, so that their list is a file of lines for each, in ``provenance/`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdseg_cli import __version__
-from sdseg_cli.core.files import sha256_of
+from sdseg_cli.core.files import joint_sum, sha256_of
 from sdseg_cli.core.integrity import DAMAGE, MANIFEST_FILE, NOT_OURS, read_object
 from sdseg_cli.core.run_directory import RunDirectory, atomic_write, library_versions, now, to_json
 
@@ -65,19 +64,6 @@ def write_run_manifest(run: RunDirectory) -> None:
     write_manifest(run.root, "run", files=[path for path in files if path.is_file()])
 
 
-def joint_sum(sums: Mapping[str, str]) -> str:
-    """One SHA-256 of several files: of the lines ``SUM  NAME`` by name, as ``sha256sum`` prints them."""
-    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def sum_of_files(paths: Sequence[Path]) -> str:
-    """The SHA-256 of a file, or the :func:`joint_sum` of several by their names."""
-    if len(paths) == 1:
-        return sha256_of(paths[0])
-    return joint_sum({path.name: sha256_of(path) for path in paths})
-
-
 def model_folder(location: str) -> Path | None:
     """The folder of a model: as given, or that of a hub id in the hub's cache; None where there is none."""
     if Path(location).is_dir():
@@ -93,7 +79,7 @@ def model_folder(location: str) -> Path | None:
 
 
 def model_sum(location: str | Path) -> str | None:
-    """The :func:`joint_sum` of a model's files as they are now, without its manifest and its card.
+    """The :func:`~sdseg_cli.core.files.joint_sum` of a model's files now, without its manifest and its card.
 
     An autoencoder that the model refers to, rather than holds, counts as if it lay in ``autoencoder/``.
 

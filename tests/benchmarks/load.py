@@ -207,21 +207,21 @@ def made_case(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dataset(count: int, folder: Path) -> dict[str, Any]:
-    from sdseg_cli.core.data import preparation
+    from sdseg_cli.core.data import gathering, preparation, raw_cases
     from sdseg_cli.core.data.prepared import PreparedDataset
     from sdseg_cli.core.data.splits import Split
     from sdseg_cli.core.engine.training_data import on_model_grid
 
     ids = [f"{number:06d}" for number in range(count)]
     cases = [
-        preparation.RawCase(name, name, arrays=partial(made_case, number)) for number, name in enumerate(ids)
+        raw_cases.RawCase(name, name, arrays=partial(made_case, number)) for number, name in enumerate(ids)
     ]
     first, second = int(count * 0.8), int(count * 0.9)
     split = Split("made", tuple(ids[:first]), tuple(ids[first:second]), tuple(ids[second:]))
     out = folder / "data"
-    description = preparation.Description("made", ("background", "a"), "made", "none")
+    description = gathering.Description("made", ("background", "a"), "made", "none")
     records = preparation.prepare(
-        cases, split, out, description=description, geometry=preparation.Geometry(SMALL), workers=1
+        cases, split, out, description=description, geometry=raw_cases.Geometry(SMALL), workers=1
     )
     with watched() as preparing:
         for _ in records:

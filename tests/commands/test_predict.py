@@ -541,6 +541,20 @@ def test_what_the_model_was_trained_on_decides_which_files_make_a_case(tmp_path,
     assert made[0].options["num_samples"] == 3
 
 
+@pytest.mark.faults
+def test_a_code_for_a_class_that_the_model_does_not_have_is_told_before_it_is_loaded(
+    scans, tmp_path, model, made
+):
+    pytest.importorskip("highdicom")
+    (Path(model) / "model_index.json").write_text(json.dumps({"classes": ["background", "polyp"]}))
+    (tmp_path / "codes.yaml").write_text("pollyp: SCT:41329004:Polyp\n")
+    codes = {"mask_format": VolumeFormat.dicom_seg, "segment_codes": tmp_path / "codes.yaml"}
+    with pytest.raises(UsageError, match=r"codes\.yaml: line 1: pollyp: the model has no class .* polyp;"):
+        predict(scans=[scans], out=tmp_path / "out", model=model, **codes)
+    assert made == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_slices_run_along_the_axis_that_is_asked_for_and_the_page_shows_them(tmp_path, model, made):
     folder = tmp_path / "scans"
     folder.mkdir()

@@ -14,8 +14,8 @@ from sdseg_cli import cli
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import DataError
-from sdseg_cli.core.files import sha256_of
-from sdseg_cli.core.manifest import JOURNAL_FOLDER, joint_sum, model_sum, read_journal
+from sdseg_cli.core.files import joint_sum, sha256_of
+from sdseg_cli.core.manifest import JOURNAL_FOLDER, model_sum, read_journal
 from sdseg_cli.core.recipe import recipe_to_yaml
 from sdseg_cli.core.run_directory import RunDirectory
 from tests.small_models import small_kl

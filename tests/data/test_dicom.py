@@ -24,23 +24,27 @@ from sdseg_cli.core.data.dicom_codes import (
     segment_code,
 )
 from sdseg_cli.core.data.dicom_seg import (
+    LoneDicomSeg,
     _description,
     read_dicom_seg,
-    read_dicom_seg_alone,
     require_highdicom,
     write_dicom_seg,
 )
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Geometry, RawCase, _read_case, _source_hashes
+from sdseg_cli.core.data.raw_cases import Geometry, RawCase, read_case, source_hashes
 from sdseg_cli.core.data.slicing import SliceStack
 from sdseg_cli.core.data.volumes import read_volume, write_label_volume
 from sdseg_cli.core.engine.folder_evaluation import evaluate_folders
 from sdseg_cli.core.engine.folder_evaluation import pair_folders as pair_folders_of_masks
+from sdseg_cli.core.engine.prediction_plan import plan_predictions
+from sdseg_cli.core.engine.scans import read_scan
 from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import sum_of_files
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
+DISTANCES = "expected more than 0 and less than 1,000,000 mm"
 
 
 def stored(count: int = SLICES) -> np.ndarray:
@@ -358,10 +362,13 @@ def test_codes_that_are_none_are_told_with_their_lines(codes: str, message: str,
 
 
 def test_a_class_that_the_model_does_not_have_cannot_be_coded(tmp_path: Path) -> None:
-    (tmp_path / "codes.yaml").write_text("liver: SCT:10200004:Liver\npolyp: SCT:41329004:Polyp")
+    (tmp_path / "codes.yaml").write_text("polyp: SCT:41329004:Polyp\nliver: SCT:10200004:Liver\n")
     stated = read_segment_codes(tmp_path / "codes.yaml")
-    with pytest.raises(UsageError, match="the model has no class liver; its classes are polyp"):
+    told = "liver: the model has no class of this name, expected polyp; mend it or leave it out"
+    with pytest.raises(UsageError, match=told):
         codes_of(("background", "polyp"), stated)
+    with pytest.raises(UsageError, match=rf"codes\.yaml: line 2: {told}\."):
+        read_segment_codes(tmp_path / "codes.yaml", ("background", "polyp"))
     with pytest.raises(UsageError, match="cannot be read"):
         read_segment_codes(tmp_path / "absent.yaml")
 
@@ -434,7 +441,9 @@ def test_without_highdicom_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
     ("name", "value", "message"),
     [
         ("ImageOrientationPatient", None, "headers cannot be used"),
-        ("PixelSpacing", [0, 0], "PixelSpacing is 0 x 0 mm; expected more than 0"),
+        ("PixelSpacing", [0, 0], f"PixelSpacing is 0 x 0 mm; {DISTANCES}"),
+        ("PixelSpacing", [2e6, 1], rf"PixelSpacing is 2e\+06 x 1 mm; {DISTANCES}"),
+        ("SliceThickness", 3e6, rf"SpacingBetweenSlices or SliceThickness is 3e\+06 mm; {DISTANCES}"),
         ("ImagePositionPatient", [1.0, 2.0], "headers cannot be used"),
     ],
 )
@@ -453,6 +462,13 @@ def test_a_damaged_value_makes_a_stray_and_not_the_end_of_the_search(tmp_path):
     found = find_series(list(tmp_path.iterdir()))
     assert [path.name for path, _ in found.strays] == [paths[0].name]
     assert [len(series.files) for series in found.series] == [SLICES - 1]
+
+
+@pytest.mark.faults
+def test_slices_too_far_apart_are_refused_with_the_range(tmp_path):
+    write_series(tmp_path, thick=2e6)
+    with pytest.raises(DataError, match=rf"the slices are 2e\+06 mm apart; {DISTANCES}"):
+        read_series(only(tmp_path))
 
 
 def test_without_a_stated_spacing_the_volume_says_that_millilitres_mean_nothing(tmp_path):
@@ -480,7 +496,7 @@ def label_volume(folder: Path) -> tuple[np.ndarray, Path]:
 
 
 def slices_of(case, num_classes: int = 3) -> list:
-    slices, _ = _read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
+    slices, _ = read_case(case, Geometry(num_classes=num_classes, window=(-1024, 40000)))
     return list(slices)
 
 
@@ -513,13 +529,25 @@ def test_series_are_prepared_with_labels_of_any_format_as_their_volumes_are(tmp_
             np.testing.assert_array_equal(found.label_map, wanted.label_map)
             np.testing.assert_array_equal(found.image, wanted.image)
             assert found.spacing_mm == pytest.approx(wanted.spacing_mm)
-    before = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    before = [source_hashes(case)[case.image_name] for case in pairs.cases]
     assert len({*before}) == 3
     data = pydicom.dcmread(late.files[0])
     data.PatientName = "Other"
     data.save_as(late.files[0])
-    after = [_source_hashes(case)[case.image_name] for case in pairs.cases]
+    after = [source_hashes(case)[case.image_name] for case in pairs.cases]
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False]
+
+
+def test_a_series_has_the_same_checksum_wherever_it_is_recorded(tmp_path: Path) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    masks.mkdir()
+    paths = write_series(images / "a")
+    labels, _ = label_volume(images / "a")
+    write_label_volume(masks / "a.nii.gz", labels, read_series(only(images / "a")).geometry)
+    (case,) = pair_folders(images, masks).cases
+    (task,) = plan_predictions([images], tmp_path / "out", recursive=True)
+    prepared = source_hashes(case)["images/a"]
+    assert prepared == read_scan(task, None).sha256 == sum_of_files(paths)
 
 
 @pytest.mark.faults
@@ -655,7 +683,7 @@ def segmented(tmp_path: Path) -> tuple[Path, np.ndarray, VolumeGeometry]:
 
 def test_a_segmentation_is_scored_against_volumes_whatever_their_axes(segmented, tmp_path: Path) -> None:
     seg, labels, geometry = segmented
-    alone = read_dicom_seg_alone(seg)
+    alone = LoneDicomSeg.open(seg).volume()
     assert alone.geometry.shape == (COLUMNS, ROWS, 3)  # without the empty first and last slice
     stored = nibabel.Nifti1Image(labels, geometry.affine)
     for name, axes in (("same", "LPS"), ("other", "SAR"), ("turned", "PIL")):
@@ -690,6 +718,71 @@ def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segme
     )
     shared = int(((labels == 1) & (other == 1)).sum())
     assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
+
+
+def changed(seg: Path, name: str, *, frame: bool = False, spacing: bool = True, sources: bool = True) -> Path:
+    """The same DICOM-SEG in another frame of reference, without a slice spacing or its references."""
+    document = pydicom.dcmread(seg)
+    if frame:
+        document.FrameOfReferenceUID = generate_uid()
+    if not spacing:
+        del document.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+    if not sources:
+        del document.ReferencedSeriesSequence
+        for groups in document.PerFrameFunctionalGroupsSequence:
+            del groups.DerivationImageSequence
+    document.save_as(seg.with_name(name))
+    return seg.with_name(name)
+
+
+@pytest.mark.faults
+def test_places_in_two_frames_of_reference_are_compared_only_by_their_slices(segmented, tmp_path) -> None:
+    seg, labels, _ = segmented
+    read_volume_pair("case", seg, changed(seg, "known.dcm", frame=True), 3)
+    unknown = changed(seg, "unknown.dcm", frame=True, sources=False)
+    with pytest.raises(DataError, match=r"a\.dcm and .*unknown\.dcm differ in their FrameOfReferenceUID"):
+        read_volume_pair("case", seg, unknown, 3)
+    read_volume_pair("case", seg, changed(seg, "same.dcm", sources=False), 3)
+    series = only(tmp_path / "images" / "a")
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "known.dcm", series), labels)
+    np.testing.assert_array_equal(read_dicom_seg(tmp_path / "same.dcm", series), labels)
+    with pytest.raises(DataError, match=r"unknown\.dcm: refers to no slices, and its FrameOfReference"):
+        read_dicom_seg(unknown, series)
+
+
+@pytest.mark.parametrize("marked", [(0, 3), (0, 2, 3), (0, 2, 4), (1,)])
+def test_a_segmentation_with_gaps_of_unstated_width_is_scored_on_the_grid_of_the_other(
+    marked: tuple[int, ...], segmented, tmp_path: Path
+) -> None:
+    _, whole, geometry = segmented
+    labels = np.zeros_like(whole)
+    labels[1:5, 2:6, list(marked)] = 1
+    seg, full = tmp_path / "gaps.dcm", tmp_path / "full.dcm"
+    series = only(tmp_path / "images" / "a")
+    for path, values in ((seg, labels), (full, np.ones_like(whole))):
+        write_dicom_seg(path, values, series, codes_of(("background", "x", "y"), {}))
+    gaps = changed(seg, "unstated.dcm", spacing=False)
+    assert LoneDicomSeg.open(gaps).lacks_spacing
+    write_label_volume(tmp_path / "truth.nii.gz", labels, geometry)
+    found = read_volume_pair("case", gaps, tmp_path / "truth.nii.gz", 3)
+    np.testing.assert_array_equal(found.prediction, labels)
+    for stated in (full, changed(full, "both unstated.dcm", spacing=False)):
+        for swap in (False, True):
+            pair = (stated, gaps) if swap else (gaps, stated)
+            found = read_volume_pair("case", *pair, 3)
+            one = found.ground_truth if swap else found.prediction
+            np.testing.assert_array_equal(one, labels[:, :, ::-1])  # which is how highdicom counts
+
+
+@pytest.mark.faults
+def test_a_segmentation_of_other_slices_keeps_its_own_distance_between_them(segmented, tmp_path) -> None:
+    seg, whole, geometry = segmented
+    coarse = VolumeGeometry(geometry.shape, geometry.affine @ np.diag([1, 1, 1.7, 1]))
+    write_label_volume(tmp_path / "coarse.nii.gz", whole, coarse)
+    unstated = changed(seg, "unstated.dcm", spacing=False)
+    with pytest.raises(DataError, match="do not lie voxel on voxel"):
+        read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3)
+    assert read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3, resample=True).prediction.any()
 
 
 def test_a_block_of_a_grid_lies_on_it_along_every_axis() -> None:

@@ -3,6 +3,7 @@ import unicodedata
 import pytest
 
 from sdseg_cli.core.data.pairs import group_by_pattern, pair_folders
+from sdseg_cli.core.engine.folder_evaluation import masks_by_name
 from sdseg_cli.core.errors import DataError, UsageError
 
 
@@ -25,6 +26,16 @@ def test_images_and_masks_pair_by_stem_in_natural_order(tmp_path):
     assert pairs.cases[0].label_path == tmp_path / "masks" / "2.png"
     assert (pairs.cases[0].image_name, pairs.cases[0].label_name) == ("images/2.jpg", "masks/2.png")
     assert pairs.problems == ()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("suffix", [".png", ".nii.gz", ".dcm"])
+def test_hidden_files_and_those_in_hidden_folders_are_neither_images_nor_masks(suffix, tmp_path):
+    names = ["b.nii.gz", f".x{suffix}", f".cache/b{suffix}", f"c/.d/b{suffix}"]
+    pairs = pair_folders(*folders(tmp_path, names, names))
+    assert ids(pairs) == ["b"]
+    assert pairs.problems == ()
+    assert [*masks_by_name(tmp_path / "masks", "masks")] == ["b"]
 
 
 @pytest.mark.faults
@@ -95,7 +106,7 @@ def test_a_mask_suffix_is_suggested_when_nothing_fits(tmp_path):
 @pytest.mark.faults
 def test_an_empty_folder_is_named(tmp_path):
     images, masks = folders(tmp_path, ["a.jpg"], ["notes.txt"])
-    with pytest.raises(DataError, match=r"masks: no masks found; expected PNG, JPEG, TIFF or BMP"):
+    with pytest.raises(DataError, match=r"masks: no masks found; expected PNG, .*DICOM-SEG"):
         pair_folders(images, masks)
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdseg_cli.core.data.arrow_tables import Tables
+from sdseg_cli.core.data.gathering import Description
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Description, Geometry, Problem, RawCase, _Tables, prepare
+from sdseg_cli.core.data.preparation import prepare
 from sdseg_cli.core.data.prepared import DatasetManifest, PreparedDataset
+from sdseg_cli.core.data.raw_cases import Geometry, Problem, RawCase
 from sdseg_cli.core.data.splits import Split, make_split, read_split
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import sha256_of
@@ -428,12 +431,12 @@ def test_a_damaged_picture_inside_names_its_case(tmp_path):
 def test_after_a_failure_no_more_rows_are_written(tmp_path, monkeypatch):
     """The folder is thrown away: a full disk, say, must not be met a second time on the way out."""
     written = []
-    monkeypatch.setattr(_Tables, "_write", lambda tables, split: written.append(split))
-    tables = _Tables(tmp_path / "a")
+    monkeypatch.setattr(Tables, "_write", lambda tables, split: written.append(split))
+    tables = Tables(tmp_path / "a")
     tables.__enter__()
     tables.add("train", {})
     tables.__exit__(KeyboardInterrupt, None, None)
     assert written == []
-    with _Tables(tmp_path / "b") as tables:
+    with Tables(tmp_path / "b") as tables:
         tables.add("train", {})
     assert written == ["train"]

@@ -5,14 +5,18 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from PIL import Image
 
 from sdseg_cli.core.data.benchmarks import STS3D, btcv, find_btcv, find_refuge, find_sts3d
+from sdseg_cli.core.data.converting import convert
 from sdseg_cli.core.data.fundus import around, around_bright_disc
+from sdseg_cli.core.data.gathering import Description
 from sdseg_cli.core.data.nnunet import find_nnunet, read_nnunet
 from sdseg_cli.core.data.pairs import pair_folders
-from sdseg_cli.core.data.preparation import Description, Geometry, Problem, _convert, prepare
+from sdseg_cli.core.data.preparation import prepare
 from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.data.raw_cases import Geometry, Problem, source_hashes
 from sdseg_cli.core.data.splits import Split
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
@@ -179,6 +183,20 @@ def test_folders_of_volumes_are_paired_by_name_whatever_their_formats(tmp_path):
     pairs = pair_folders(tmp_path / "images", tmp_path / "masks")
     assert [(case.case_id, case.is_volume) for case in pairs.cases] == [("a", True), ("b", True)]
     assert [problem.case_id for problem in pairs.problems] == ["c"]
+
+
+def test_voxels_apart_from_their_header_count_for_the_checksum_of_a_volume(tmp_path):
+    for folder, voxels in zip(("images", "masks"), scan(), strict=True):
+        (tmp_path / folder).mkdir()
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / folder / "a.mhd"))
+    (case,) = pair_folders(tmp_path / "images", tmp_path / "masks").cases
+    before = source_hashes(case)
+    for folder in ("images", "masks"):
+        data = tmp_path / folder / "a.raw"
+        data.write_bytes(data.read_bytes()[::-1])
+    after = source_hashes(case)
+    assert sorted(before) == sorted(after) == ["images/a.mhd", "masks/a.mhd"]
+    assert not {*before.values()} & {*after.values()}
 
 
 # nnU-Net
@@ -360,4 +378,4 @@ def test_only_volumes_lose_their_training_slices_without_foreground(tmp_path):
             Image.fromarray(array).save(tmp_path / folder / f"{index}.png")
     pairs = pair_folders(tmp_path / "images", tmp_path / "masks")
     geometry = Geometry(8, foreground_slices_only=True, holds_volumes=True)
-    assert not isinstance(_convert(pairs.cases[0], geometry, "train"), Problem)
+    assert not isinstance(convert(pairs.cases[0], geometry, "train"), Problem)

@@ -450,5 +450,5 @@ def test_a_label_beyond_the_named_classes_fails_by_name(folders):
 @pytest.mark.faults
 def test_an_empty_folder_is_refused(tmp_path, folders):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing: no image files in the folder of the predictions"):
+    with pytest.raises(DataError, match=r"nothing: no masks in the folder of the predictions.*DICOM-SEG"):
         pair_folders(tmp_path / "nothing", folders[1])

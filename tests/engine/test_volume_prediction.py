@@ -14,9 +14,9 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from sdseg_cli.core.data.preparation import Geometry
+from sdseg_cli.core.data.raw_cases import Geometry
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
-from sdseg_cli.core.data.volumes import VolumeGeometry, is_volume, read_label_volume, write_label_volume
+from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
 from sdseg_cli.core.engine.prediction import (
     plan_predictions,
     predict_files,
@@ -359,13 +359,29 @@ def test_a_channel_that_is_missing_or_lies_elsewhere_fails_its_case_alone(scans,
 
 
 @pytest.mark.faults
+def test_a_volume_that_is_no_channel_by_its_name_fails_alone(scans, out):
+    save_channels(scans, "a", (0, 2, 3))
+    for name in ("a.nii.gz", "b.nrrd"):  # a label map of the case, perhaps
+        save(scans / name)
+    records = run(scans, out, BrightIsForeground(channels=[0, 2, 3]), channels=[0, 2, 3])
+    assert [(record.file, record.status) for record in records] == [
+        ("a.nii.gz", "failed"),
+        ("a_0000.nii.gz", "done"),
+        ("b.nrrd", "failed"),
+    ]
+    assert records[0].error.startswith("is no channel of a case by its name. The model was trained on the")
+    assert "expected files named CASE_0000, CASE_0002, CASE_0003 (and .nii.gz" in records[2].error
+    assert [path.name for path in out.iterdir()] == ["a.nii.gz"]
+
+
+@pytest.mark.faults
 def test_a_model_of_three_channels_refuses_volumes_that_are_none(tmp_path):
     save(tmp_path / "a.nii.gz")
-    with pytest.raises(UsageError, match=r"channels 0, 2, 3 of every case, and 1 of .*a\.nii\.gz.*CASE_0002"):
+    with pytest.raises(UsageError, match=r"channels 0, 2, 3 of every.*CASE_0002.* Not one of the 1 .*a\.nii"):
         plan_predictions([tmp_path], tmp_path / "out", channels=[0, 2, 3])
     tasks = plan_predictions([tmp_path], tmp_path / "out", channels=[1])
-    with pytest.raises(ModelError, match="trained on the channels 0, 2, 3 of every case"):
-        list(predict_files(tasks, BrightIsForeground(channels=[0, 2, 3])))
+    (record,) = predict_files(tasks, BrightIsForeground(channels=[0, 2, 3]))
+    assert (record.status, record.case_id) == ("failed", "a")
     (record,) = predict_files(tasks, BrightIsForeground(channels=[1]))
     assert record.status == "done"
 
@@ -407,11 +423,6 @@ def test_a_mask_that_cannot_be_written_says_so(tmp_path):
     (record,) = predict_files(tasks, BrightIsForeground())
     assert record.status == "failed"
     assert "cannot be written" in record.error
-
-
-def test_hidden_files_are_no_volumes():
-    assert not is_volume(Path("._a.nii.gz"))
-    assert is_volume(Path("a.nii.gz"))
 
 
 def test_the_page_shows_slices_of_a_volume_from_its_fullest_on(scans, out):

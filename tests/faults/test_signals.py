@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from sdseg_cli.commands._signals import interruptible
@@ -82,6 +83,31 @@ def test_a_signal_ends_every_command_with_its_code_and_nothing_is_left(
     assert "stopped" in process.log()
     if not command.startswith("demo"):  # which keeps what is done
         assert list(places["out"].parent.iterdir()) == []
+
+
+@pytest.mark.faults(28)
+@pytest.mark.parametrize(
+    ("number", "code"), [SIGNALS[2], *(pytest.param(*each, marks=pytest.mark.slow) for each in SIGNALS[:2])]
+)
+def test_a_signal_to_all_processes_of_a_preparation_is_no_loss_of_a_worker(
+    number, code, hardship, wait_for, tmp_path
+):
+    out = tmp_path / "place" / "out"
+    process = hardship("prepare", "phantom", "--cases", 3000, "--workers", 2, "--out", out)
+    of_process = psutil.Process(process.pid)
+
+    def workers() -> list[psutil.Process]:
+        return [each for each in of_process.children() if "spawn_main" in " ".join(each.cmdline())]
+
+    wait_for(lambda: len(workers()) == 2, process)
+    started = workers()
+    os.killpg(process.pid, number)
+    process.join(30)
+    assert process.exitcode == code, process.log()
+    assert "stopped; nothing was written" in process.log()
+    assert "Traceback" not in process.log()
+    assert list(out.parent.iterdir()) == []
+    assert not any(each.is_running() for each in started)
 
 
 @pytest.mark.faults(28)

@@ -686,9 +686,9 @@ def series_to_segmentation(given: Path, out: Path) -> None:
 
 
 def segmentation(given: Path, out: Path) -> None:
-    from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
+    from sdseg_cli.core.data.dicom_seg import LoneDicomSeg
 
-    volume = read_dicom_seg_alone(given / "a.dcm")
+    volume = LoneDicomSeg.open(given / "a.dcm").volume()
     assert volume.voxels.shape == volume.geometry.shape
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdseg_cli.core.data.fundus import Crop, read_refuge
 from sdseg_cli.core.data.images import natural_key
 from sdseg_cli.core.data.pairs import Pairs, pair_folders
-from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.raw_cases import Problem, RawCase
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError
 

@@ -31,6 +31,7 @@ _COUNTS = ("NumberOfSlices", "ImagesInAcquisition")  # where a header states how
 _IRREGULAR = 0.1  # of the spacing: slices further from a regular grid are refused
 _NOTED = 0.01
 _LARGEST_MM = 1e6  # between pixels or slices
+_DISTANCES = f"more than 0 and less than {_LARGEST_MM:,.0f} mm"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def find_series(files: Sequence[Path]) -> FoundSeries:
     strays: list[tuple[Path, str]] = []
     has_dicom = False
     for path in sorted(files, key=lambda entry: natural_key(entry.name)):
-        if path.suffix.lower() in IMAGE_SUFFIXES or volume_suffix(path) or path.name.startswith("."):
+        if path.suffix.lower() in IMAGE_SUFFIXES or volume_suffix(path):
             continue
         named = path.suffix.lower() in DICOM_SUFFIXES
         has_dicom |= named
@@ -247,7 +248,10 @@ def _series_geometry(
         notes.append("warning: no PixelSpacing is stated; 1 mm is taken, so millilitres mean nothing")
     row_mm, column_mm = (float(value) for value in stated or (1.0, 1.0))
     if not (0 < row_mm < _LARGEST_MM and 0 < column_mm < _LARGEST_MM):
-        raise DataError(f"{where}: PixelSpacing is {row_mm:g} x {column_mm:g} mm; expected more than 0.")
+        raise DataError(
+            f"{where}: PixelSpacing is {row_mm:g} x {column_mm:g} mm; expected {_DISTANCES}. Fetch the "
+            "series again."
+        )
     if any(not header.get("ImagePositionPatient") for header in slices):
         if len(slices) > 1:
             raise DataError(
@@ -281,7 +285,7 @@ def _series_geometry(
     if not 0 < thick < _LARGEST_MM:
         raise DataError(
             f"{where}: by their ImagePositionPatient and ImageOrientationPatient the slices are {thick:g} mm "
-            "apart; expected more than 0. Fetch the series again."
+            f"apart; expected {_DISTANCES}. Fetch the series again."
         )
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / thick, -1, 1))))
     if tilt > SHEAR_DEGREES:
@@ -296,7 +300,10 @@ def _series_geometry(
 def _single_spacing(where: str, header: Any) -> float:
     value = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)) or 1.0
     if not value < _LARGEST_MM:
-        raise DataError(f"{where}: SpacingBetweenSlices or SliceThickness is {value:g} mm. Fetch it again.")
+        raise DataError(
+            f"{where}: SpacingBetweenSlices or SliceThickness is {value:g} mm; expected {_DISTANCES}. "
+            "Fetch the series again."
+        )
     return value
 
 

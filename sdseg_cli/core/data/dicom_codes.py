@@ -106,12 +106,16 @@ def segment_code(class_name: str) -> SegmentCode:
     return SegmentCode(_standard(category), _standard(property_type), side, is_known)
 
 
-def read_segment_codes(path: Path) -> dict[str, SegmentCode]:
+def read_segment_codes(path: Path, classes: Sequence[str] = ()) -> dict[str, SegmentCode]:
     """Read a YAML file that says how classes are coded.
 
     Every key is a class, its value the code of its type, SCHEME:CODE:MEANING, or a section with ``type`` and,
     as far as they are wanted, ``category`` (by default that of the class's name, which must be known then),
     ``side`` (left or right) and ``region`` (where in the body).
+
+    Args:
+        path: the file.
+        classes: names that may be coded, the background first; empty where they are not known yet.
 
     Raises:
         UsageError: it cannot be read, or is none; every mistake is told with its line.
@@ -127,6 +131,8 @@ def read_segment_codes(path: Path) -> dict[str, SegmentCode]:
     elif not mistakes:
         for name, value in document.values.items():
             try:
+                if classes:
+                    _refuse_unknown(str(name), classes)
                 found[str(name)] = _stated(str(name), value)
             except ValueError as error:
                 mistakes.append((document.lines.get((str(name),)), f"{name}: {error}"))
@@ -146,12 +152,11 @@ def codes_of(classes: Sequence[str], stated: Mapping[str, SegmentCode]) -> dict[
     Raises:
         UsageError: a class is stated that the model does not have.
     """
-    unknown = [name for name in stated if name not in classes[1:]]
-    if unknown:
-        raise UsageError(
-            f"--segment-codes: the model has no class {', '.join(unknown)}; its classes are "
-            f"{', '.join(classes[1:])}."
-        )
+    for name in stated:
+        try:
+            _refuse_unknown(name, classes)
+        except ValueError as error:
+            raise UsageError(f"--segment-codes: {name}: {error}.") from error
     return {name: stated.get(name) or segment_code(name) for name in classes[1:]}
 
 
@@ -173,6 +178,13 @@ def _standard(name: str) -> Any:
     from pydicom.sr.codedict import codes
 
     return _code(name) if ":" in name else getattr(codes.SCT, name)
+
+
+def _refuse_unknown(name: str, classes: Sequence[str]) -> None:
+    """Raise a ValueError where a name is none of the classes, the first of which is the background."""
+    if name not in classes[1:]:
+        expected = ", ".join(classes[1:])
+        raise ValueError(f"the model has no class of this name, expected {expected}; mend it or leave it out")
 
 
 def _stated(name: str, value: Any) -> SegmentCode:

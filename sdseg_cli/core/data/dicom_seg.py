@@ -7,19 +7,30 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdseg_cli import __version__
-from sdseg_cli.core.data.dicom import DicomSeries, sorted_slices, without_values
+from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, sorted_slices, without_values
 from sdseg_cli.core.data.dicom_codes import SegmentCode
 from sdseg_cli.core.data.geometry import VolumeGeometry, geometry_from_lps
-from sdseg_cli.core.data.volume_files import MAX_VOXELS
+from sdseg_cli.core.data.volume_files import MAX_VOXELS, volume_suffix
 from sdseg_cli.core.data.volumes import Volume
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import write_whole
+
+
+def is_label_volume(path: Path) -> bool:
+    """Whether a file is a label volume by its name: a volume, or what may be a DICOM-SEG."""
+    return volume_suffix(path) is not None or is_dicom_seg(path)
+
+
+def is_dicom_seg(path: Path) -> bool:
+    """Whether a file of labels is a DICOM-SEG by its name."""
+    return path.suffix.lower() in DICOM_SUFFIXES
 
 
 def require_highdicom() -> None:
@@ -101,11 +112,12 @@ def read_dicom_seg(path: Path, series: DicomSeries, *, num_classes: int = 256) -
         headers, grid = sorted_slices(series)
         slices = [header.SOPInstanceUID for header in headers]
         _refuse_other_slices(path, document, series, slices)
+        _refuse_other_frame(path, document, series, headers[0])
         block = None
         if (own := _geometry(document)) is not None:
             block = own.inside(grid)
         if block is not None and block.fits(grid.shape):
-            return block.laid_in(grid.shape, _class_indices(path, _block(document)[0], num_classes))
+            return block.laid_in(grid.shape, _class_indices(path, _segment_numbers(document), num_classes))
         # Sheared, or with gaps of unstated width, it forms no block, and may still lie slice on slice.
         differences = _plane_differences(document, dict(zip(slices, headers, strict=True)))
         if differences:
@@ -120,29 +132,73 @@ def read_dicom_seg(path: Path, series: DicomSeries, *, num_classes: int = 256) -
         return _class_indices(path, np.asarray(frames), num_classes).transpose(2, 1, 0)
 
 
-def read_dicom_seg_alone(path: Path, *, num_classes: int = 256) -> Volume:
-    """Read a DICOM-SEG without the slices it was made from, as a label volume.
+@dataclass(frozen=True)
+class LoneDicomSeg:
+    """A DICOM-SEG without the slices it was made from.
 
-    Slices that hold nothing are mostly left out of such a file, so that its volume may begin and end within
-    that of the scan.
-
-    Args:
+    Attributes:
         path: the file.
-        num_classes: background included.
-
-    Raises:
-        DataError: it is no DICOM-SEG, its slices form no block of voxels, or it has segments that are no
-            classes.
+        document: highdicom's.
+        geometry: where the block of voxels lies that its slices form; None where they form none, or may do so
+            once it is known how far apart they are.
+        lacks_spacing: whether it could say how far apart slices are, and does not.
+        frame_of_reference: FrameOfReferenceUID; places in another one mean nothing here. Empty if not stated.
+        slices: SOPInstanceUID of those it was made from.
     """
-    with _readable(path):
-        document = _opened(path)
-        if _geometry(document) is None:
-            raise DataError(
-                f"{path}: cannot be read as a DICOM-SEG (its slices are unevenly spaced or shifted, and form "
-                "no block of voxels). Convert it to NIfTI."
+
+    path: Path
+    document: Any = field(repr=False)
+    geometry: VolumeGeometry | None
+    lacks_spacing: bool
+    frame_of_reference: str
+    slices: frozenset[str] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> LoneDicomSeg:
+        """Open a file; its voxels are not read yet.
+
+        Raises:
+            DataError: it is no DICOM-SEG.
+            UsageError: the library that reads it is not installed.
+        """
+        with _readable(path):
+            document = _opened(path)
+            return cls(
+                path,
+                document,
+                _geometry(document),
+                "SpacingBetweenSlices" not in _shared_measures(document),
+                str(document.get("FrameOfReferenceUID") or ""),
+                frozenset(str(uid) for _, _, uid in document.get_source_image_uids()),
             )
-        voxels, geometry = _block(document)
-        return Volume(_class_indices(path, voxels, num_classes), geometry, "dicom", path, ())
+
+    def volume(self, *, num_classes: int = 256, scan: VolumeGeometry | None = None) -> Volume:
+        """Read the label volume.
+
+        Slices that hold nothing are mostly left out of such a file, so that it may begin and end within the
+        volume of the scan.
+
+        Args:
+            num_classes: background included.
+            scan: what is known of the scan's grid; its slices are as far apart as the file's where that does
+                not say it.
+
+        Raises:
+            DataError: the slices form no block of voxels, or there are segments that are no classes.
+        """
+        with _readable(self.path):
+            document, geometry = self.document, self.geometry
+            if scan is not None and self.lacks_spacing:
+                spaced = _opened(self.path, _spacing_along(scan, _normal(document)))
+                if (found := _geometry(spaced)) is not None:
+                    document, geometry = spaced, found
+            if geometry is None:
+                raise DataError(
+                    f"{self.path}: cannot be read as a DICOM-SEG (its slices are unevenly spaced or shifted, "
+                    "and form no block of voxels). Convert it to NIfTI."
+                )
+            labels = _class_indices(self.path, _segment_numbers(document), num_classes)
+            return Volume(labels, geometry, "dicom", self.path, ())
 
 
 @contextlib.contextmanager
@@ -160,11 +216,17 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path, spacing_mm: float | None = None) -> Any:
+    """Open a file, with the distance between its slices where it does not state it."""
     require_highdicom()
     import highdicom
+    import pydicom
 
-    return highdicom.seg.segread(path)
+    if spacing_mm is None:
+        return highdicom.seg.segread(path)
+    document = pydicom.dcmread(path)
+    _shared_measures(document).SpacingBetweenSlices = float(f"{spacing_mm:.9g}")
+    return highdicom.seg.Segmentation.from_dataset(document, copy=False)
 
 
 def _geometry(document: Any) -> VolumeGeometry | None:
@@ -177,10 +239,9 @@ def _geometry(document: Any) -> VolumeGeometry | None:
     return _turned(found)
 
 
-def _block(document: Any) -> tuple[np.ndarray, VolumeGeometry]:
-    """Segment numbers (columns, rows, slices) and their geometry."""
-    found = document.get_volume(combine_segments=True)
-    return np.asarray(found.array).transpose(2, 1, 0), _turned(found)
+def _segment_numbers(document: Any) -> np.ndarray:
+    """Segment numbers of the block of voxels (columns, rows, slices)."""
+    return np.asarray(document.get_volume(combine_segments=True).array).transpose(2, 1, 0)
 
 
 def _turned(found: Any) -> VolumeGeometry:
@@ -203,15 +264,8 @@ def _class_indices(path: Path, numbers: np.ndarray, num_classes: int) -> np.ndar
 
 def _plane_differences(document: Any, headers: Mapping[str, Any]) -> str:
     """What keeps a frame from lying on the slice it refers to; empty where all do."""
-    (shared,) = document.SharedFunctionalGroupsSequence
-    for number, own in enumerate(document.PerFrameFunctionalGroupsSequence, start=1):
-        groups = {element.keyword: element.value for group in (shared, own) for element in group}
-        plane = _plane(
-            document,
-            groups["PlanePositionSequence"][0].ImagePositionPatient,
-            groups["PlaneOrientationSequence"][0].ImageOrientationPatient,
-            groups["PixelMeasuresSequence"][0].PixelSpacing,
-        )
+    for number, groups in enumerate(_groups(document), start=1):
+        plane = _plane_of(document, groups)
         uids = [
             source.ReferencedSOPInstanceUID
             for derivation in groups.get("DerivationImageSequence", ())
@@ -225,6 +279,41 @@ def _plane_differences(document: Any, headers: Mapping[str, Any]) -> str:
             if differences:
                 return f"Frame {number} is not where its slice is: {' '.join(differences)}"
     return ""
+
+
+def _groups(document: Any) -> Iterator[Mapping[str, Any]]:
+    """The functional groups of every frame by their keywords: those of its own beside the shared ones."""
+    (shared,) = document.SharedFunctionalGroupsSequence
+    for own in document.PerFrameFunctionalGroupsSequence:
+        yield {element.keyword: element.value for group in (shared, own) for element in group}
+
+
+def _shared_measures(document: Any) -> Any:
+    """Where the distance between slices stands, if it does anywhere."""
+    (shared,) = document.SharedFunctionalGroupsSequence
+    (measures,) = shared.PixelMeasuresSequence
+    return measures
+
+
+def _normal(document: Any) -> np.ndarray:
+    """Direction from slice to slice, RAS+."""
+    return _plane_of(document, next(_groups(document))).affine[:3, 2]
+
+
+def _spacing_along(grid: VolumeGeometry, direction: np.ndarray) -> float:
+    """Distance in mm between the voxels of a grid along that axis which is closest to a direction, RAS+."""
+    axes = grid.affine[:3, :3] / np.array(grid.spacing_mm)
+    return grid.spacing_mm[int(np.abs(direction @ axes).argmax())]
+
+
+def _plane_of(document: Any, groups: Mapping[str, Any]) -> VolumeGeometry:
+    """Where a frame lies."""
+    return _plane(
+        document,
+        groups["PlanePositionSequence"][0].ImagePositionPatient,
+        groups["PlaneOrientationSequence"][0].ImageOrientationPatient,
+        groups["PixelMeasuresSequence"][0].PixelSpacing,
+    )
 
 
 def _plane(
@@ -248,6 +337,20 @@ def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices:
         raise DataError(
             f"{path}: refers to {len(elsewhere)} slices that are not in series {series.name!r} of "
             f"{series.folder}. Give the segmentation of that series."
+        )
+
+
+def _refuse_other_frame(path: Path, document: Any, series: DicomSeries, header: Any) -> None:
+    """Without a reference the place alone binds a segmentation to slices, and within one frame only.
+
+    Where it does refer to them, that binds it: another frame is then a slip of whoever wrote the tag.
+    """
+    frames = {str(each.get("FrameOfReferenceUID") or "") for each in (document, header)} - {""}
+    if len(frames) > 1 and not document.get_source_image_uids():
+        raise DataError(
+            f"{path}: refers to no slices, and its FrameOfReferenceUID is not that of series {series.name!r} "
+            f"of {series.folder}, so that its place means nothing there. Give the segmentation of that "
+            "series; if it is (identifiers may have been replaced), convert it to NIfTI."
         )
 
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from sdseg_cli.core.data.images import read_image, read_label_map
-from sdseg_cli.core.data.preparation import RawSlice
+from sdseg_cli.core.data.raw_cases import RawSlice
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.grid import Box
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageMode, UnidentifiedImageError
 
 from sdseg_cli.core.errors import DataError
-from sdseg_cli.core.files import write_whole
+from sdseg_cli.core.files import visible_files, write_whole
 
 IMAGE_SUFFIXES: frozenset[str] = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib"}
@@ -184,14 +184,8 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is nothing of that name"
         raise DataError(f"{folder}: expected a folder of images, but {found}. Check the path.")
-    entries = folder.rglob("*") if recursive else folder.iterdir()
-    files = [
-        entry
-        for entry in entries
-        if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in entry.relative_to(folder).parts)
-        and entry.is_file()
-    ]
+    entries = visible_files(folder, recursive=recursive)
+    files = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
     return sorted(files, key=lambda entry: natural_key(entry.relative_to(folder).as_posix()))
 
 

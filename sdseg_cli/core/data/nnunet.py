@@ -10,9 +10,10 @@ from typing import Any
 
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.pairs import Pairs
-from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.raw_cases import Problem, RawCase
 from sdseg_cli.core.data.volume_files import SUFFIX_FORMATS
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import visible_files
 
 _CHANNEL_DIGITS = 4
 
@@ -179,7 +180,7 @@ def _classes(file: Path, labels: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
-    found = [p for p in folder.iterdir() if p.name.lower().endswith(ending) and not p.name.startswith(".")]
+    found = [path for path in visible_files(folder) if path.name.lower().endswith(ending)]
     return sorted(found, key=lambda path: natural_key(path.name))
 
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, find_series
+from sdseg_cli.core.data.dicom import DicomSeries, find_series
+from sdseg_cli.core.data.dicom_seg import is_label_volume
 from sdseg_cli.core.data.images import list_images, natural_key
-from sdseg_cli.core.data.preparation import Problem, RawCase
+from sdseg_cli.core.data.raw_cases import Problem, RawCase
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import visible_files
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ def pair_folders(
     Raises:
         DataError: a folder is missing or holds no image.
     """
-    image_files = _list_files(images)
-    mask_files = _in_order([*_list_files(masks), *_dicom_files(masks)], masks)
+    image_files = _list_files(images, lambda path: volume_suffix(path) is not None)
+    mask_files = _list_files(masks, is_label_volume)
     series, strays = _find_series(images, masks, mask_files, mask_suffix)
     image_files = _in_order([*image_files, *series], images)
-    for folder, files, what in ((images, image_files, "images"), (masks, mask_files, "masks")):
+    wanted = ((images, image_files, "images", "DICOM series"), (masks, mask_files, "masks", "DICOM-SEG"))
+    for folder, files, what, dicom in wanted:
         if not files:
             raise DataError(
                 f"{folder}: no {what} found; expected PNG, JPEG, TIFF or BMP files, or volumes (NIfTI, "
-                "NRRD, MetaImage, DICOM). Check the path."
+                f"NRRD, MetaImage, {dicom}). Check the path."
             )
     image_stems = _by_stem(image_files, images, "", whole=series)
     mask_stems = _by_stem(mask_files, masks, mask_suffix)
@@ -135,10 +138,11 @@ def _find_series(
     stems = _by_stem(mask_files, masks, mask_suffix)
     found: dict[Path, DicomSeries] = {}
     strays: list[tuple[Path, str]] = []
-    for folder in (images, *(path for path in images.rglob("*") if path.is_dir())):
-        if any(part.startswith(".") for part in folder.relative_to(images).parts):
-            continue
-        inside = find_series([path for path in folder.iterdir() if path.is_file()])
+    members: dict[Path, list[Path]] = {}
+    for path in visible_files(images, recursive=True):
+        members.setdefault(path.parent, []).append(path)
+    for folder, files in members.items():
+        inside = find_series(files)
         strays += inside.strays
         for one in inside.series:
             path = folder / one.name
@@ -147,11 +151,6 @@ def _find_series(
                 path = folder
             found[path] = one
     return found, strays
-
-
-def _dicom_files(folder: Path) -> list[Path]:
-    """What may be DICOM-SEG, by the suffix."""
-    return [path for path in folder.rglob("*") if path.suffix.lower() in DICOM_SUFFIXES and path.is_file()]
 
 
 def _by_stem(
@@ -211,15 +210,9 @@ def _nothing_fits(
     return message
 
 
-def _list_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path, is_wanted_volume: Callable[[Path], bool]) -> list[Path]:
     """The images and volumes of a folder and its subfolders, in natural order."""
-    volumes = [
-        file
-        for file in folder.rglob("*")
-        if volume_suffix(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    ]
+    volumes = [file for file in visible_files(folder, recursive=True) if is_wanted_volume(file)]
     return _in_order([*list_images(folder, recursive=True), *volumes], folder)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sdseg_cli.core.data.dicom import DICOM_SUFFIXES, DicomSeries, read_series
-from sdseg_cli.core.data.preparation import Geometry, RawSlice
+from sdseg_cli.core.data.dicom import DicomSeries, read_series
+from sdseg_cli.core.data.dicom_seg import is_dicom_seg, read_dicom_seg
+from sdseg_cli.core.data.raw_cases import Geometry, RawSlice
 from sdseg_cli.core.data.slicing import SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, read_label_volume, read_volume
 from sdseg_cli.core.errors import DataError
@@ -73,7 +74,7 @@ def _scan(image: Path | DicomSeries, nan_fill: float | None) -> Volume:
 
 
 def _labels(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: Volume) -> Volume:
-    if path.suffix.lower() in DICOM_SUFFIXES:
+    if is_dicom_seg(path):
         return _segments(path, geometry, image, scan)
     if geometry.threshold is None:
         return read_label_volume(path, num_classes=geometry.num_classes, label_values=geometry.label_values)
@@ -84,8 +85,6 @@ def _labels(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: Vol
 
 def _segments(path: Path, geometry: Geometry, image: Path | DicomSeries, scan: Volume) -> Volume:
     """The labels of a DICOM-SEG: its segments by number."""
-    from sdseg_cli.core.data.dicom_seg import read_dicom_seg
-
     if not isinstance(image, DicomSeries):
         raise DataError(f"{path.name} is DICOM, its image {scan.path.name} is none. Convert one of the two.")
     labels = read_dicom_seg(path, image, num_classes=geometry.num_classes)

@@ -36,7 +36,6 @@ __all__ = [
     "Volume",
     "VolumeGeometry",
     "files_of_volume",
-    "is_volume",
     "read_label_volume",
     "read_volume",
     "write_label_volume",
@@ -70,11 +69,6 @@ class Volume:
     path: Path
     notes: tuple[str, ...]
     header: Any = field(default=None, repr=False, compare=False)
-
-
-def is_volume(path: str | Path) -> bool:
-    """Whether a name ends like a volume's; the file is not looked at."""
-    return volume_suffix(Path(path)) is not None
 
 
 def files_of_volume(path: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdseg_cli.core.data.dicom_seg import is_label_volume
 from sdseg_cli.core.data.images import read_label_map
 from sdseg_cli.core.engine.comparison import Costs, ScoredRun
 from sdseg_cli.core.engine.evaluation import check_fit, evaluate_split
@@ -21,7 +22,6 @@ from sdseg_cli.core.engine.evaluation_records import METRICS, CaseScores, Failed
 from sdseg_cli.core.engine.evaluation_summary import case_rows
 from sdseg_cli.core.engine.folder_evaluation import masks_by_name
 from sdseg_cli.core.engine.report_parts import evenly
-from sdseg_cli.core.engine.volume_evaluation import is_label_volume
 from sdseg_cli.core.errors import DataError, ModelError
 from sdseg_cli.core.metrics.overlap import Convention
 from sdseg_cli.core.metrics.similarity import PerceptualDistance, find_perceptual_trunk

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdseg_cli.core.data.dicom_seg import require_highdicom
+from sdseg_cli.core.data.dicom_seg import is_dicom_seg, is_label_volume, require_highdicom
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.images import list_images, natural_key, read_label_map
 from sdseg_cli.core.data.slicing import SliceStack
@@ -26,8 +26,9 @@ from sdseg_cli.core.engine.evaluation_records import (
     spread_stack,
 )
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS, evenly
-from sdseg_cli.core.engine.volume_evaluation import is_label_volume, read_volume_pair
+from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, SdsegError
+from sdseg_cli.core.files import visible_files
 from sdseg_cli.core.grid import Grid
 from sdseg_cli.core.metrics.overlap import (
     Convention,
@@ -91,12 +92,12 @@ def masks_by_name(folder: Path, what: str) -> dict[str, Path]:
         DataError: there is none; ``what`` says what they were to be.
     """
     files = list_images(folder)
-    files += [path for path in folder.iterdir() if is_label_volume(path) and path.is_file()]
+    files += [path for path in visible_files(folder) if is_label_volume(path)]
     files = sorted(files, key=lambda path: natural_key(path.name))
     if not files:
         raise DataError(
-            f"{folder}: no image files in the folder of the {what}, nor volumes. Expected masks, "
-            "e.g. PNG or NIfTI."
+            f"{folder}: no masks in the folder of the {what}. Expected PNG, JPEG, TIFF or BMP files, or "
+            "volumes (NIfTI, NRRD, MetaImage, DICOM-SEG). Check the path."
         )
     stems = Counter(_stem(path) for path in files)
     return {_stem(path) if stems[_stem(path)] == 1 else path.name: path for path in files}
@@ -132,7 +133,7 @@ def evaluate_folders(
     Raises:
         UsageError: there is a DICOM-SEG among them, and nothing to read it with.
     """
-    if any(path is not None and path.suffix == ".dcm" for _, *both in pairs.pairs for path in both):
+    if any(path is not None and is_dicom_seg(path) for _, *both in pairs.pairs for path in both):
         require_highdicom()
     mine = list(pairs.pairs) if processes is None else processes.share(list(pairs.pairs))
     for case_id, prediction_path, truth_path in mine:

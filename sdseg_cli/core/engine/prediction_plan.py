@@ -20,6 +20,7 @@ from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.volume_files import volume_suffix
 from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.files import visible_files
 from sdseg_cli.core.manifest import unfinished
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class PredictionTask:
     decides the noise. ``probabilities`` has no suffix yet: the number of classes decides between .png and
     .npz for an image; those of a volume are NIfTI. ``path`` of a DICOM series is its folder. ``channels`` are
     the files of red, green and blue where the model was trained on such; ``path`` is then one that is there.
+    A volume without them is a case that such a model cannot take.
     """
 
     case_id: str
@@ -123,8 +125,8 @@ def plan_predictions(
         One task an image, volume or series, sorted by folder as given and name.
 
     Raises:
-        UsageError: a path does not exist, nothing to predict is found, volumes are no channels where such are
-            needed, or an output would fall onto an input or onto another output.
+        UsageError: a path does not exist, nothing to predict is found, not one volume is a channel where such
+            are needed, or an output would fall onto an input or onto another output.
     """
     found = [one for scan in scans for one in _find(scan, out, recursive, on_stray)]
     if len(set(channels)) > 1:
@@ -291,12 +293,9 @@ def _find(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str]
 
 
 def _found_in(scan: Path, out: Path, recursive: bool, on_stray: Callable[[Path, str], None]) -> list[_Found]:
-    files = [path for path in (scan.rglob("*") if recursive else scan.iterdir()) if path.is_file()]
+    holds_out = recursive and _is_inside(out, scan)
     files = [
-        path
-        for path in files
-        if not any(part.startswith(".") for part in path.relative_to(scan).parts)
-        and not (recursive and _is_inside(out, scan) and _is_inside(path, out))
+        path for path in visible_files(scan, recursive=recursive) if not (holds_out and _is_inside(path, out))
     ]
     found: list[_Found] = []
     others: dict[Path, list[Path]] = {}
@@ -332,14 +331,19 @@ def _series_of(files: Sequence[Path], on_stray: Callable[[Path, str], None]) -> 
 
 
 def _joined_channels(found: Sequence[_Found], channels: Sequence[int]) -> list[_Found]:
-    """Join the volumes of a case to one, by name; a channel that is missing fails when the case is read."""
+    """Join the volumes of a case to one, by name.
+
+    A volume that is named otherwise gets no channels and fails when it is read, as one that lacks some does.
+    """
     joined: list[_Found] = []
-    others: list[_Found] = []
     cases: set[tuple[Path, str]] = set()
     for one in found:
         match = _CHANNEL.fullmatch(one.bare.name) if one.series is None else None
-        if not one.is_volume or match is None:
-            (others if one.is_volume else joined).append(one)
+        if one.is_volume and match is None:
+            joined.append(replace(one, bare=one.relative))  # the name without suffix may be that of a case
+            continue
+        if match is None or not one.is_volume:
+            joined.append(one)
             continue
         suffix = one.path.name[len(one.bare.name) :]
         case = one.path.with_name(match["case"])
@@ -347,14 +351,21 @@ def _joined_channels(found: Sequence[_Found], channels: Sequence[int]) -> list[_
             cases.add((case, suffix))
             files = tuple(case.with_name(f"{case.name}_{number:04d}{suffix}") for number in channels)
             joined.append(replace(one, bare=one.bare.with_name(case.name), channels=files))
-    if others:
-        names = ", ".join(f"CASE_{number:04d}" for number in sorted(set(channels)))
+    if joined and all(one.is_volume and not one.channels for one in joined):
         raise UsageError(
-            f"the model was trained on the channels {', '.join(map(str, channels))} of every case, and "
-            f"{len(others)} of the volumes are not named as such (first: {readable(others[0].relative)}). "
-            f"Expected files named {names} (and .nii.gz, .nii, .nrrd, .mha) in one folder."
+            f"{expected_channels(channels)} Not one of the {len(joined)} volumes is named so (first: "
+            f"{readable(joined[0].relative)}). Rename them."
         )
     return joined
+
+
+def expected_channels(channels: Sequence[int]) -> str:
+    """Say how the files of a case must be named for a model that takes several channels."""
+    names = ", ".join(f"CASE_{number:04d}" for number in sorted(set(channels)))
+    return (
+        f"The model was trained on the channels {', '.join(map(str, channels))} of every case: expected "
+        f"files named {names} (and .nii.gz, .nii, .nrrd, .mha) in one folder."
+    )
 
 
 def _masks_of_other_formats(task: PredictionTask) -> list[Path]:

@@ -11,9 +11,9 @@ import numpy as np
 from sdseg_cli.core.data.dicom import read_series
 from sdseg_cli.core.data.slicing import Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, files_of_volume, read_volume
-from sdseg_cli.core.engine.prediction_plan import PredictionTask, readable
+from sdseg_cli.core.engine.prediction_plan import PredictionTask, expected_channels, readable
 from sdseg_cli.core.errors import DataError
-from sdseg_cli.core.manifest import sum_of_files
+from sdseg_cli.core.files import sum_of_files
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,22 @@ class Scan:
     sha256: str
 
 
-def read_scan(task: PredictionTask, nan_fill: float | None) -> Scan:
+def read_scan(task: PredictionTask, nan_fill: float | None, channels: Sequence[int] = ()) -> Scan:
     """Read the volume of a task: a file, a DICOM series, or a file for each channel.
+
+    Args:
+        task: what to read.
+        nan_fill: value for voxels that are not finite; None refuses them.
+        channels: numbers of those the model was trained on; where they differ, the task must have them.
 
     Raises:
         DataError: it cannot be read, changed meanwhile, or a channel is missing or lies elsewhere.
         OSError: a file cannot be opened.
     """
+    if len(set(channels)) > 1 and not task.channels:
+        raise DataError(
+            f"is no channel of a case by its name. {expected_channels(channels)} Rename it, or leave it out."
+        )
     paths = task.channels or (task.path,)
     missing = [path.name for path in dict.fromkeys(paths) if task.channels and not path.is_file()]
     if missing:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
-from sdseg_cli.core.data.dicom_seg import read_dicom_seg_alone
+from sdseg_cli.core.data.dicom_seg import LoneDicomSeg, is_dicom_seg, is_label_volume
 from sdseg_cli.core.data.geometry import VolumeGeometry
 from sdseg_cli.core.data.volume_files import MAX_VOXELS, itk_image, itk_voxels
-from sdseg_cli.core.data.volumes import Volume, is_volume, read_label_volume
+from sdseg_cli.core.data.volumes import Volume, read_label_volume
 from sdseg_cli.core.errors import DataError
 
 
@@ -40,15 +40,15 @@ def read_volume_pair(
     Raises:
         DataError: a file cannot be read, holds values that are no classes, or lies elsewhere.
     """
-    truth = _read(ground_truth, num_classes)
     if prediction is None:
+        (truth,) = _read(case_id, [ground_truth], num_classes)
         return VolumePair(np.zeros_like(truth.voxels), truth.voxels, truth.geometry)
     if not is_label_volume(prediction):
         raise DataError(
             f"case {case_id!r}: the ground truth is a volume ({ground_truth}), the prediction an image "
             f"({prediction}). Predict the volume itself."
         )
-    predicted, truth = _completed(_read(prediction, num_classes), truth)
+    predicted, truth = _completed(*_read(case_id, [prediction, ground_truth], num_classes))
     differences = predicted.geometry.differences(truth.geometry)
     if differences and not resample:
         raise DataError(
@@ -61,15 +61,44 @@ def read_volume_pair(
     return VolumePair(voxels, truth.voxels, truth.geometry)
 
 
-def is_label_volume(path: Path) -> bool:
-    """Whether a file is a label volume by its name; DICOM-SEG is one."""
-    return is_volume(path) or path.suffix.lower() in DICOM_SUFFIXES
+def _read(case_id: str, paths: Sequence[Path], num_classes: int) -> list[Volume]:
+    """Read label volumes of one scan, in this order.
+
+    What a DICOM-SEG does not say of the distance between its slices, the other file does.
+    """
+    volumes = {
+        index: read_label_volume(path, num_classes=num_classes)
+        for index, path in enumerate(paths)
+        if not is_dicom_seg(path)
+    }
+    segmentations = {
+        index: LoneDicomSeg.open(path) for index, path in enumerate(paths) if index not in volumes
+    }
+    _refuse_other_frame(case_id, [*segmentations.values()])
+    scan = next((volume.geometry for volume in volumes.values()), None)
+    for index in sorted(segmentations, key=lambda index: _vagueness(segmentations[index])):
+        volumes[index] = segmentations[index].volume(num_classes=num_classes, scan=scan)
+        scan = scan or volumes[index].geometry
+    return [volumes[index] for index in range(len(paths))]
 
 
-def _read(path: Path, num_classes: int) -> Volume:
-    if path.suffix.lower() not in DICOM_SUFFIXES:
-        return read_label_volume(path, num_classes=num_classes)
-    return read_dicom_seg_alone(path, num_classes=num_classes)
+def _vagueness(segmentation: LoneDicomSeg) -> tuple[bool, float]:
+    """Sorts by how well the distance between slices is known: stated, or the smallest that is found."""
+    geometry = segmentation.geometry
+    distance = math.inf if geometry is None or geometry.shape[2] == 1 else geometry.spacing_mm[2]
+    return segmentation.lacks_spacing, distance
+
+
+def _refuse_other_frame(case_id: str, segmentations: Sequence[LoneDicomSeg]) -> None:
+    """Places in two frames of reference cannot be compared, unless both refer to the same slices."""
+    frames = {one.frame_of_reference for one in segmentations} - {""}
+    if len(frames) > 1 and not frozenset.intersection(*(one.slices for one in segmentations)):
+        files = " and ".join(str(one.path) for one in segmentations)
+        raise DataError(
+            f"case {case_id!r}: {files} differ in their FrameOfReferenceUID and refer to no slice in common: "
+            "their places cannot be compared. Give segmentations of the same scan; if they are (identifiers "
+            "may have been replaced), convert one to NIfTI."
+        )
 
 
 def _completed(predicted: Volume, truth: Volume) -> tuple[Volume, Volume]:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -91,21 +92,16 @@ def predict_volumes(
         Each task with its record, or with the error that made it fail: the others go on.
 
     Raises:
-        ModelError: the model was trained on several channels, and a task has one volume alone.
         SdsegError: whatever stops the predictor itself.
     """
     chosen = (settings or VolumeSettings()).completed(predictor)
     channels = trained_with(predictor).get("channels") or ()
-    if len(set(channels)) > 1 and not all(task.channels for task in tasks):
-        raise ModelError(
-            f"the model was trained on the channels {', '.join(map(str, channels))} of every case, and there "
-            "are volumes of one channel: plan_predictions finds the channels of a case where it is told."
-        )
+    read = partial(read_scan, nan_fill=chosen.nan_fill, channels=channels)
     with ThreadPoolExecutor(1, thread_name_prefix="sdseg-read") as pool:
         ahead: Future[Scan] | None = None
         try:
             for position, task in enumerate(tasks):
-                current = ahead or pool.submit(read_scan, task, chosen.nan_fill)
+                current = ahead or pool.submit(read, task)
                 scan: Scan | None
                 try:
                     scan = current.result()
@@ -113,7 +109,7 @@ def predict_volumes(
                     scan, failure = None, error
                 del current
                 upcoming = tasks[position + 1 : position + 2]
-                ahead = pool.submit(read_scan, upcoming[0], chosen.nan_fill) if upcoming else None
+                ahead = pool.submit(read, upcoming[0]) if upcoming else None
                 if scan is None:
                     yield task, failure
                     continue
