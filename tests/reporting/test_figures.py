@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, dice_histogram, training_curves
+from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, training_curves
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 10, "loss": 0.9, "learning_rate": 1e-4, "samples_per_second": 20.0},
@@ -61,21 +61,6 @@ def test_the_same_numbers_give_the_same_file(tmp_path: Path) -> None:
 def test_smoothing_keeps_a_constant_and_shifts_nothing() -> None:
     assert np.allclose(_smoothed(np.full(200, 0.4)), 0.4)
     assert np.allclose(_smoothed(np.arange(5.0))[1:4], [1, 2, 3])
-
-
-def test_a_histogram_states_mean_median_count_and_absent_cases(tmp_path: Path) -> None:
-    dice_histogram({"liver": [0.5, 0.75, 1.0, float("nan")], "spleen": []}, tmp_path / "scores.svg")
-    text = (tmp_path / "scores.svg").read_text(encoding="utf-8")
-    assert "mean 0.750   median 0.750   n = 3   absent 1" in text
-    assert "no case" in text
-    assert "liver" in text
-
-
-def test_a_histogram_of_one_case_or_of_none_is_drawn(tmp_path: Path) -> None:
-    dice_histogram({"polyp": [1.0]}, tmp_path / "one.png")
-    dice_histogram({}, tmp_path / "none.png")
-    assert (tmp_path / "one.png").stat().st_size > 1000
-    assert (tmp_path / "none.png").exists()
 
 
 def test_convergence_shows_every_method_once_whatever_its_seeds(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a run and of its scores, drawn by matplotlib without a screen and without its global state."""
+"""Figures of runs, drawn by matplotlib without a screen and without its global state."""
 
 from __future__ import annotations
 
@@ -100,46 +100,6 @@ def convergence_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
         axes.set_xlim(left=0)
     if drawn:
         figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False, fontsize=9)
-    _save(figure, path)
-
-
-def dice_histogram(scores: Mapping[str, Sequence[float]], path: Path, *, name: str = "Dice") -> None:
-    """Draw how the scores of the cases are distributed: one row per class, one dot per case.
-
-    Args:
-        scores: the cases' scores of each class, [0, 1]; NaN (the class is absent) is left out and counted.
-        path: file to write, its suffix says the format; an older one is replaced.
-        name: what the scores are, for the axis.
-    """
-    rows = max(1, len(scores))
-    figure = Figure(figsize=(7.5, 1.1 + 1.15 * rows), layout="constrained")
-    all_axes = np.atleast_1d(figure.subplots(rows, 1, sharex=True))
-    bins = np.linspace(0, 1, 41)
-    for axes, (title, values) in zip(all_axes, scores.items(), strict=False):
-        given = np.asarray(values, float)
-        shown = given[np.isfinite(given)]
-        axes.set_yticks([])
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        if len(shown):
-            counts, _, _ = axes.hist(
-                shown, bins=bins, color=BLUE, alpha=0.55, edgecolor="white", linewidth=0.5
-            )
-            height = float(np.max(counts))
-            # One tick per case below the bars: few cases must not look like a distribution.
-            axes.plot(shown, np.full(len(shown), -0.12 * height), "|", color=BLUE, markersize=7, alpha=0.7)
-            axes.axvline(shown.mean(), color=ORANGE, linewidth=1.6)
-            axes.axvline(float(np.median(shown)), color=GREEN, linewidth=1.6, linestyle="--")
-            axes.set_ylim(-0.26 * height, 1.1 * height)
-            note = f"mean {shown.mean():.3f}   median {np.median(shown):.3f}   n = {len(shown)}"
-        else:
-            note = "no case"
-        if len(given) > len(shown):
-            note += f"   absent {len(given) - len(shown)}"
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_title(note, loc="right", fontsize=9, color=GREY)
-    all_axes[-1].set_xlim(-0.01, 1.01)
-    all_axes[-1].set_xlabel(f"{name} of a case (line: mean, dashes: median)")
     _save(figure, path)
 
 
