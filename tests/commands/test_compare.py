@@ -121,6 +121,9 @@ def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     assert "| other" in (out / "comparison.md").read_text()
     assert (out / "curves.png").stat().st_size > 1000
     page = (out / "report.html").read_text()
+    assert page.count("Validation Dice by ") == 4  # by step and by time, each with its words for the blind
+    assert page.count('<circle class="dot c0"') == 4  # in both charts two runs, validated once
+    assert "<img" not in page
     digests = [one["sha256"] for method in summary["methods"].values() for one in method]
     assert len({*digests}) == 3  # two models, one folder of masks
     fingerprint = PreparedDataset.open("phantom").manifest.fingerprint

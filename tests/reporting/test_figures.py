@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdseg_cli.core.reporting.curves import convergences
 from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, training_curves
 
 RECORDS: list[dict[str, Any]] = [
@@ -66,9 +67,22 @@ def test_smoothing_keeps_a_constant_and_shifts_nothing() -> None:
 def test_convergence_shows_every_method_once_whatever_its_seeds(tmp_path: Path) -> None:
     curve = [{"step": 10 * k, "validation_dice": 0.1 * k} for k in (1, 2, 3)]
     timed = [*curve, *({"step": 10 * k, "seconds": 60.0 * k} for k in (1, 2, 3))]
-    convergence_curves({"ours": [timed, curve], "other": [curve]}, tmp_path / "curves.svg")
+    found = convergences({"ours": [timed, curve], "other": [curve], "never validated": [[]]})
+    assert [(one.method, one.minutes) for one in found] == [
+        ("ours", (1.0, 2.0, 3.0)), ("ours", None), ("other", None),
+    ]  # fmt: skip
+    assert found[0].steps == (10.0, 20.0, 30.0)
+    convergence_curves(found, tmp_path / "curves.svg")
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert text.count(">ours<") == text.count(">other<") == 1
     assert "minutes trained" in text
-    convergence_curves({"ours": [[]]}, tmp_path / "none.svg")
+    convergence_curves([], tmp_path / "none.svg")
     assert "nothing yet" in (tmp_path / "none.svg").read_text(encoding="utf-8")
+
+
+def test_a_method_may_be_named_like_mathematics(tmp_path: Path) -> None:
+    curve = [{"step": 1, "validation_dice": 0.1}, {"step": 2, "validation_dice": 0.2}]
+    convergence_curves(convergences({r"$\frac{$": [curve], "_hidden": [curve]}), tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert r">$\frac{$<" in text
+    assert ">_hidden<" in text

@@ -34,6 +34,7 @@ from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.metrics.overlap import count_classes, dice
 from sdseg_cli.core.metrics.summary import Summary, summarise
 from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart
+from sdseg_cli.core.reporting.curves import series
 from sdseg_cli.core.reporting.page import (
     CaseTable,
     Chart,
@@ -321,14 +322,14 @@ def _curve(
     label: str,
     limits: tuple[float, float] | None,
 ) -> Chart:
-    points = [(record["step"], record[key]) for record in metrics if isinstance(record.get(key), int | float)]
+    steps, values = series(metrics, key)
     captions = {
         "validation_dice": "On the validation split; the best step is the one that is kept.",
         "loss": "Mean between log lines, of the network's own target.",
     }
-    series = Series(label, [x for x, _ in points], [y for _, y in points], marks=key != "loss")
+    curve = Series(label, steps.tolist(), values.tolist(), marks=key != "loss")
     drawing = line_chart(
-        [series], x_label="optimizer step", y_label=label, y_range=limits, description=f"{title} by step"
+        [curve], x_label="optimizer step", y_label=label, y_range=limits, description=f"{title} by step"
     )
     return Chart(title, captions[key], drawing)
 
