@@ -304,7 +304,9 @@ def _score_model(found: _Found, model: Model, title: str, settings: Settings) ->
     curve: tuple[dict[str, Any], ...] = ()
     if run is not None:
         costs, curve = training_costs(run, costs), tuple(run.read_metrics())
-    return ScoredRun(found.source.location, found.kind, rows, failed, costs, curve, facts)
+    return ScoredRun(
+        found.source.location, found.kind, rows, failed, costs, curve, facts, model.recipe_text()
+    )
 
 
 # ---- results --------------------------------------------------------------------------------------------

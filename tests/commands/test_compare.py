@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,11 @@ def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     assert page.count("Validation Dice by ") == 4  # by step and by time, each with its words for the blind
     assert page.count('<circle class="dot c0"') == 4  # in both charts two runs, validated once
     assert "<img" not in page
+    for number, name in enumerate("ab"):
+        assert re.search(
+            rf"The recipe of ours \(runs/{name}\), with [^<]*</summary>\n<pre>[^<]*seed: {number}\n", page
+        )
+    assert page.count("The recipe of") == 2  # the masks have none
     digests = [one["sha256"] for method in summary["methods"].values() for one in method]
     assert len({*digests}) == 3  # two models, one folder of masks
     fingerprint = PreparedDataset.open("phantom").manifest.fingerprint

@@ -93,7 +93,7 @@ def hostile_page() -> Page:
         convergence=(Chart(HOSTILE, HOSTILE, chart, ((HOSTILE, "c0"),)),),
         tables=(Table(HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE),)),),
         facts=((HOSTILE, HOSTILE),),
-        recipe=HOSTILE,
+        recipes=((HOSTILE, HOSTILE), ("", HOSTILE), ("none", "")),
         footer=HOSTILE,
     )
 
@@ -111,6 +111,7 @@ def test_every_name_is_escaped_wherever_it_is_shown():
     assert read(html).tags.count("script") == 1
     assert "alert(" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     assert html.count("&lt;script&gt;") > 30
+    assert html.count("<details") == 2  # no recipe, no details
 
 
 def test_no_script_runs_but_the_one_whose_hash_the_page_names():

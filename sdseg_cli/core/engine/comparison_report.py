@@ -293,6 +293,7 @@ def comparison_page(
         tables=tuple(tables),
         cases=_case_table(comparison, overall),
         facts=tuple((name, str(value)) for name, value in facts.items()),
+        recipes=_recipes(comparison),
         footer=footer,
     )
 
@@ -325,6 +326,15 @@ def _convergence_charts(curves: Sequence[Convergence], baseline: str) -> tuple[C
         )
         if any(len(one.x) for one in lines)
     )
+
+
+def _recipes(comparison: Comparison) -> tuple[tuple[str, str], ...]:
+    """Every recipe once, with the methods and places of the runs that were trained by it."""
+    trained: dict[str, dict[str, None]] = {}
+    for method in comparison.methods:
+        for run in method.runs:
+            trained.setdefault(run.recipe, {})[f"{method.name} ({run.location})"] = None
+    return tuple((", ".join(runs), recipe) for recipe, runs in trained.items() if recipe)
 
 
 def _case_table(comparison: Comparison, overall: Sequence[Accuracy]) -> CaseTable:

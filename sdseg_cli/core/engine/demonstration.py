@@ -172,7 +172,7 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
         tables=(_score_table(scores), _stability_table(stability)),
         cases=_case_table(cases),
         facts=_facts(dataset, record, scores, cases),
-        recipe=run.recipe_file.read_text(encoding="utf-8"),
+        recipes=(("", run.recipe_file.read_text(encoding="utf-8")),),
         footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 

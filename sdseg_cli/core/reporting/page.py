@@ -149,7 +149,7 @@ class Page:
     tables: tuple[Table, ...] = ()
     cases: CaseTable | None = None
     facts: tuple[tuple[str, str], ...] = ()
-    recipe: str = ""
+    recipes: tuple[tuple[str, str], ...] = ()  # (of what, YAML); the former is empty where only one can be
     footer: str = ""
 
 
