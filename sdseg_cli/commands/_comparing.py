@@ -164,7 +164,7 @@ class _Found:
                     "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."
                 )
             return cls(source, "masks")
-        model = Model.find(source.location)
+        model = Model.find(source.location, option="", also="a folder of masks, what sdseg evaluate wrote")
         return cls(source, "run" if model.reference.run is not None else "model", model)
 
 

@@ -32,9 +32,9 @@ class Model:
     recipe: Recipe | None
 
     @classmethod
-    def find(cls, model: str | None) -> Model:
-        """Find the model of ``--model`` and say which one it is."""
-        reference = resolve_model(model)
+    def find(cls, model: str | None, *, option: str = "--model", also: str = "") -> Model:
+        """Find a model as ``resolve_model`` does and say which one it is."""
+        reference = resolve_model(model, option=option, also=also)
         run = reference.run
         recipe = run.read_recipe() if run is not None and run.recipe_file.is_file() else None
         console.say(f"model: {reference.description}")

@@ -40,7 +40,7 @@ def push(
 
     sdseg push runs/kseg-fast-20260131-120000 me/kseg-fast --private
     """
-    reference = resolve_model(run)
+    reference = resolve_model(run, option="")
     if reference.run is None:
         raise UsageError(
             f"push: {run} is no run, so there is nothing to write a card from. Give a run directory."

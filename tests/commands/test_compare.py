@@ -200,7 +200,9 @@ def test_a_torn_mask_leaves_its_case_out_by_name(place, masks, tmp_path, capsys)
         (["a=runs/a", "a=runs/a", "runs/b"], "runs/a was given twice for a"),
         (["runs/a", "runs/b", "--draws", "1"], "one draw has none to be compared with"),
         (["runs/a", "empty"], "empty holds no run, no model, no masks and no scores"),
-        (["runs/a", "nowhere"], "nowhere does not exist"),
+        (["runs/a", "nowhere"], "error: nowhere does not exist."),
+        (["runs/a", "x=no/masks/here"], "error: no/masks/here does not exist."),
+        (["runs/a", "runs/aa"], "error: runs/aa does not exist. Did you mean runs/a?"),
         (["runs/a", "runs/b", "--baseline", "c"], "there is no such method. There are: a, b"),
     ],
 )
