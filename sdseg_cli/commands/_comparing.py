@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from sdseg_cli import console
 from sdseg_cli.commands._measured import (
-    CASES_FILE,
-    REPORT_FILE,
-    SUMMARY_FILE,
     Model,
     dataset_evidence,
     show,
 )
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
-from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, whole_folder
+from sdseg_cli.core.files import (
+    CASES_FILE,
+    EXPORT_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    refuse_existing,
+    whole_folder,
+)
 from sdseg_cli.core.manifest import made_with, sum_of_files, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json

@@ -19,10 +19,6 @@ from sdseg_cli.core.reporting.page import Table
 from sdseg_cli.core.run_directory import ModelReference, resolve_model
 from sdseg_cli.core.seeding import derive_seed
 
-SUMMARY_FILE = "summary.json"  # also the mark by which a folder of results is known as ours
-CASES_FILE = "cases.csv"
-REPORT_FILE = "report.html"
-
 
 @dataclass(frozen=True)
 class Model:

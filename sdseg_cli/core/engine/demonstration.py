@@ -31,6 +31,7 @@ from sdseg_cli.core.engine.report_parts import (
 )
 from sdseg_cli.core.engine.stability import KindSummary, StabilitySummary, stability_table
 from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.files import CASES_FILE, SUMMARY_FILE
 from sdseg_cli.core.metrics.overlap import count_classes, dice
 from sdseg_cli.core.metrics.summary import Summary, summarise
 from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart
@@ -137,8 +138,8 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
     """
     run = RunDirectory.open(folder.run)
     dataset = PreparedDataset.open(folder.data)
-    scores = _read_json(run.evaluation / "test" / "summary.json")
-    stability = _read_json(run.stability / "test" / "summary.json")
+    scores = _read_json(run.evaluation / "test" / SUMMARY_FILE)
+    stability = _read_json(run.stability / "test" / SUMMARY_FILE)
     cases = score_shown_cases(folder, dataset)
     record = run.read_run_json()
     total = sum(step.seconds for step in steps)
@@ -294,7 +295,7 @@ def _case_table(cases: Sequence[ShownCase]) -> CaseTable:
 def _charts(run: RunDirectory, scores: dict[str, Any], cases: Sequence[ShownCase]) -> tuple[Chart, ...]:
     test = _first_class(scores)["metrics"]["dice"]
     metrics = run.read_metrics()
-    evaluated = _read_column(run.evaluation / "test" / "cases.csv", "dice")
+    evaluated = _read_column(run.evaluation / "test" / CASES_FILE, "dice")
     otsu = summarise([case.otsu for case in cases])
     rows = [
         DotRow("sdseg", evaluated, test["mean"], (test["low"], test["high"]), highlighted=True),
