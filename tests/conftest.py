@@ -78,12 +78,12 @@ def trained(monkeypatch) -> Callable[..., Any]:
     """Train a recipe into a folder: ``trained(recipe, root)`` gives its run, records and losses."""
     from accelerate.state import AcceleratorState
 
-    from sdseg_cli.core.engine import training
+    from sdseg_cli.core.engine import run_keeping, training
     from sdseg_cli.core.engine.training_records import StepRecord, Validated
     from sdseg_cli.core.run_directory import RunDirectory
 
     # The curves take twice as long as all the rest; tests of the command draw them.
-    monkeypatch.setattr(training, "training_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_keeping, "training_curves", lambda metrics, path: None)
 
     def run_training(recipe: Any, root: Path, *, resume: bool = False) -> SimpleNamespace:
         AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise

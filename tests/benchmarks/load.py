@@ -155,11 +155,13 @@ def volumes(count: int, folder: Path, *, files: int = 1) -> dict[str, Any]:
 
 
 def training(steps: int, folder: Path) -> dict[str, Any]:
+    from sdseg_cli.core.engine import run_keeping
     from sdseg_cli.core.engine import training as engine
     from sdseg_cli.core.engine.training_records import StepRecord
     from sdseg_cli.core.run_directory import RunDirectory
 
-    engine.training_curves = lambda metrics, path: None  # drawn once, at the end, with a library of its own
+    # Drawn once, at the end, with a library of its own.
+    run_keeping.training_curves = lambda metrics, path: None
     phantoms(folder / "data", 24)
     every = max(1, steps // 20)
     tiny = recipe(
