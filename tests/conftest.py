@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import runpy
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny_recipe import SIZE, tiny_values
+
 # One thread: sums do not depend on the machine's cores, and tiny tensors are faster so.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch anything
@@ -23,7 +24,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):  # and under nohup a closed terminal
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-SIZE = 32
 REAL_RUNS = runpy.run_path(str(Path(__file__).with_name("real_runs.py")))
 
 
@@ -51,36 +51,17 @@ def tiny_recipe(polyps) -> Callable[..., Any]:
     """Make a recipe that trains in a second; dotted keys change it, ``tiny_recipe({"train.steps": 4})``."""
     from sdseg_cli.core.recipe import recipe_from_values
 
-    base = {
-        "name": "tiny",
-        "data": {"dataset": str(polyps), "image_size": SIZE},
-        "model": {
-            "image_encoder": "kl",
-            "image_encoder_channels": [32, 32, 32, 32],
-            "image_encoder_blocks": 1,
-            "image_encoder_dropout": 0.0,
-            "unet_channels": [32, 32],
-            "unet_blocks": 1,
-            "unet_heads": 4,
-            "unet_attention_strides": [2],
-            "unet_dropout": 0.0,
-        },
-        "train": {
-            "steps": 2,
-            "batch_size": 4,
-            "learning_rate": 1e-4,
-            "warmup_steps": 0,
-            "ema_decay": 0.9,
-            "validate_every": 1000,
-            "checkpoint_every": 1000,
-            "log_every": 1,
-            "validation_cases": 1,
-            "trackers": [],
-        },
+    lengths = {
+        "steps": 2,
+        "validate_every": 1000,
+        "checkpoint_every": 1000,
+        "log_every": 1,
+        "validation_cases": 1,
     }
 
     def make(changes: Mapping[str, Any] | None = None) -> Any:
-        values: dict[str, Any] = copy.deepcopy(base)
+        values = tiny_values(polyps)
+        values["train"] |= lengths
         for dotted, value in (changes or {}).items():
             *sections, last = dotted.split(".")
             place = values
@@ -97,12 +78,12 @@ def trained(monkeypatch) -> Callable[..., Any]:
     """Train a recipe into a folder: ``trained(recipe, root)`` gives its run, records and losses."""
     from accelerate.state import AcceleratorState
 
-    from sdseg_cli.core.engine import training
+    from sdseg_cli.core.engine import run_keeping, training
     from sdseg_cli.core.engine.training_records import StepRecord, Validated
     from sdseg_cli.core.run_directory import RunDirectory
 
     # The curves take twice as long as all the rest; tests of the command draw them.
-    monkeypatch.setattr(training, "training_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_keeping, "training_curves", lambda metrics, path: None)
 
     def run_training(recipe: Any, root: Path, *, resume: bool = False) -> SimpleNamespace:
         AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise

@@ -306,3 +306,9 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_remedy(tmp_path, monkey
     with pytest.raises(UsageError) as caught:
         resolve_model(given)
     assert message in str(caught.value)
+    assert str(caught.value).startswith(f"--model {given}")
+    with pytest.raises(UsageError) as caught:  # named by an argument, where masks would do as well
+        resolve_model(given, option="", also="a folder of masks")
+    assert str(caught.value).startswith(given)
+    assert message.partition(" Give")[0] in str(caught.value)
+    assert ("a folder of masks or a hub id" in str(caught.value)) == ("does not exist" in message)

@@ -10,22 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from sdseg_cli import console
 from sdseg_cli.commands._measured import (
-    CASES_FILE,
-    REPORT_FILE,
-    SUMMARY_FILE,
     Model,
     dataset_evidence,
     show,
 )
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import UsageError
-from sdseg_cli.core.files import EXPORT_FILE, refuse_existing, sum_of_files, visible_files, whole_folder
+from sdseg_cli.core.files import (
+    CASES_FILE,
+    EXPORT_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    refuse_existing,
+    sum_of_files,
+    visible_files,
+    whole_folder,
+)
 from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv, to_latex, to_markdown
 from sdseg_cli.core.run_directory import atomic_write, to_json
 
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.comparison import Comparison, ScoredRun
+    from sdseg_cli.core.reporting.curves import Convergence
     from sdseg_cli.core.reporting.page import Table
 
 TABLE, COSTS = "comparison", "costs"
@@ -163,7 +170,7 @@ class _Found:
                     "folder, a folder of masks (one for each case) or what sdseg evaluate wrote."
                 )
             return cls(source, "masks")
-        model = Model.find(source.location)
+        model = Model.find(source.location, option="", also="a folder of masks, what sdseg evaluate wrote")
         return cls(source, "run" if model.reference.run is not None else "model", model)
 
 
@@ -303,7 +310,9 @@ def _score_model(found: _Found, model: Model, title: str, settings: Settings) ->
     curve: tuple[dict[str, Any], ...] = ()
     if run is not None:
         costs, curve = training_costs(run, costs), tuple(run.read_metrics())
-    return ScoredRun(found.source.location, found.kind, rows, failed, costs, curve, facts)
+    return ScoredRun(
+        found.source.location, found.kind, rows, failed, costs, curve, facts, model.recipe_text()
+    )
 
 
 # ---- results --------------------------------------------------------------------------------------------
@@ -322,13 +331,7 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
     convention = str(settings.convention)
     split = None if settings.unnamed_split else settings.split
     tables = comparison_tables(comparison, split, convention, str(settings.grid))
-    curves: dict[str, list[Any]] = {}
-    drawn: set[str] = set()
-    for method in comparison.methods:
-        for run in method.runs:
-            if run.curve and run.location not in drawn:  # what shares a training has one curve
-                drawn.add(run.location)
-                curves.setdefault(method.name, []).append(run.curve)
+    curves = _curves(comparison)
     files = [f"{TABLE}.md", f"{TABLE}.csv", f"{TABLE}.tex", f"{COSTS}.csv", CASES_FILE]
     files += [*([CURVES_FILE] if curves else []), REPORT_FILE, SUMMARY_FILE]
     report = {
@@ -355,10 +358,24 @@ def _write(comparison: Comparison, settings: Settings) -> Written:
         atomic_write(folder / CASES_FILE, to_csv(case_records(comparison)))
         if curves:
             convergence_curves(curves, folder / CURVES_FILE)
-        atomic_write(folder / REPORT_FILE, _page(comparison, settings, tables, folder, report))
+        atomic_write(folder / REPORT_FILE, _page(comparison, settings, tables, curves, report))
         atomic_write(folder / SUMMARY_FILE, to_json(report, indent=2) + "\n")
         write_manifest(folder, "comparison", **made_with())
     return Written(comparison, tables, report)
+
+
+def _curves(comparison: Comparison) -> list[Convergence]:
+    """How the runs converged; what shares a training has one curve, under the first of its names."""
+    from sdseg_cli.core.reporting.curves import convergences
+
+    drawn: set[str] = set()
+    metrics: dict[str, list[Any]] = {}
+    for method in comparison.methods:
+        for run in method.runs:
+            if run.curve and run.location not in drawn:
+                drawn.add(run.location)
+                metrics.setdefault(method.name, []).append(run.curve)
+    return convergences(metrics)
 
 
 def _traced(run: ScoredRun) -> str:
@@ -383,17 +400,14 @@ def _page(
     comparison: Comparison,
     settings: Settings,
     tables: Sequence[Table],
-    folder: Path,
+    curves: Sequence[Convergence],
     report: Mapping[str, Any],
 ) -> str:
     from sdseg_cli import __version__
-    from sdseg_cli.core.data.images import read_image
     from sdseg_cli.core.engine.comparison_report import comparison_page
     from sdseg_cli.core.engine.report_parts import facts as facts_of
-    from sdseg_cli.core.reporting.page import render_page, webp_source
+    from sdseg_cli.core.reporting.page import render_page
 
-    picture = folder / CURVES_FILE
-    curves = webp_source(read_image(picture).pixels, longest=1200) if picture.is_file() else None
     facts = {
         **({} if settings.unnamed_split else {"Split": settings.split}),
         "Grid": settings.grid,

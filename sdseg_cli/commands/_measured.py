@@ -19,10 +19,6 @@ from sdseg_cli.core.reporting.page import Table
 from sdseg_cli.core.run_directory import ModelReference, resolve_model
 from sdseg_cli.core.seeding import derive_seed
 
-SUMMARY_FILE = "summary.json"  # also the mark by which a folder of results is known as ours
-CASES_FILE = "cases.csv"
-REPORT_FILE = "report.html"
-
 
 @dataclass(frozen=True)
 class Model:
@@ -32,9 +28,9 @@ class Model:
     recipe: Recipe | None
 
     @classmethod
-    def find(cls, model: str | None) -> Model:
-        """Find the model of ``--model`` and say which one it is."""
-        reference = resolve_model(model)
+    def find(cls, model: str | None, *, option: str = "--model", also: str = "") -> Model:
+        """Find a model as ``resolve_model`` does and say which one it is."""
+        reference = resolve_model(model, option=option, also=also)
         run = reference.run
         recipe = run.read_recipe() if run is not None and run.recipe_file.is_file() else None
         console.say(f"model: {reference.description}")

@@ -27,7 +27,7 @@ from sdseg_cli.commands._comparing import (
     several_draws,
     show_comparison,
 )
-from sdseg_cli.commands._measured import SUMMARY_FILE, dataset_evidence, file_name
+from sdseg_cli.commands._measured import dataset_evidence, file_name
 from sdseg_cli.commands._options import (
     Device,
     DeviceOption,
@@ -37,7 +37,7 @@ from sdseg_cli.commands._options import (
     complete_recipe,
 )
 from sdseg_cli.core.errors import Interrupted, SdsegError, UsageError
-from sdseg_cli.core.files import refuse_existing
+from sdseg_cli.core.files import SUMMARY_FILE, refuse_existing
 from sdseg_cli.core.run_directory import RunDirectory, to_json
 
 if TYPE_CHECKING:

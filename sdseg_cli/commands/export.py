@@ -60,7 +60,7 @@ def export(
     from sdseg_cli.core.run_directory import library_versions, now, resolve_model
 
     refuse_existing(out, overwrite=overwrite, ours=EXPORT_FILE)
-    reference = resolve_model(model)
+    reference = resolve_model(model, option="")
     console.say(f"model: {reference.description}")
     with console.working("loading the model"):
         from sdseg_cli.core.engine.exporting import export_model

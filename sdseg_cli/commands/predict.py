@@ -14,7 +14,7 @@ import typer
 
 from sdseg_cli import __version__, console
 from sdseg_cli.commands._compiling import SLICES_OF_A_VOLUME, compile_if_wanted
-from sdseg_cli.commands._measured import REPORT_FILE, Model
+from sdseg_cli.commands._measured import Model
 from sdseg_cli.commands._options import (
     BatchSizeOption,
     CompileOption,
@@ -53,6 +53,7 @@ from sdseg_cli.core.engine.prediction import (
     write_summary,
 )
 from sdseg_cli.core.errors import Interrupted, SdsegError, UsageError
+from sdseg_cli.core.files import REPORT_FILE
 from sdseg_cli.core.manifest import Journal, made_with, model_sum
 from sdseg_cli.core.run_directory import ModelReference, atomic_write, to_json
 

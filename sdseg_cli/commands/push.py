@@ -14,6 +14,7 @@ from sdseg_cli import console
 from sdseg_cli.commands._options import complete_run
 from sdseg_cli.core.data.prepared import PreparedDataset
 from sdseg_cli.core.errors import DataError, ModelError, SdsegError, UsageError
+from sdseg_cli.core.files import SUMMARY_FILE
 from sdseg_cli.core.run_directory import RunDirectory, resolve_model
 
 CARD = "README.md"
@@ -40,7 +41,7 @@ def push(
 
     sdseg push runs/kseg-fast-20260131-120000 me/kseg-fast --private
     """
-    reference = resolve_model(run)
+    reference = resolve_model(run, option="")
     if reference.run is None:
         raise UsageError(
             f"push: {run} is no run, so there is nothing to write a card from. Give a run directory."
@@ -218,7 +219,7 @@ def _data_licence(dataset: Mapping[str, Any]) -> str:
 def _scores(run: RunDirectory) -> str:
     """A table of the run's evaluations, or that there is none."""
     rows = []
-    for path in sorted(run.evaluation.glob("*/summary.json")):
+    for path in sorted(run.evaluation.glob(f"*/{SUMMARY_FILE}")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if not _is_of_this_run(content, run):

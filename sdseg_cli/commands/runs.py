@@ -14,6 +14,7 @@ import typer
 from sdseg_cli import console
 from sdseg_cli.commands._options import JsonOption, complete_run
 from sdseg_cli.core.errors import SdsegError, UsageError
+from sdseg_cli.core.files import SUMMARY_FILE
 from sdseg_cli.core.recipe import Recipe, load_recipe, recipe_keys, shipped_recipes
 from sdseg_cli.core.run_directory import RUNS_ROOT, RunDirectory
 
@@ -281,7 +282,7 @@ def _evaluations(run: RunDirectory) -> tuple[dict[str, Any], list[str]]:
     """Split -> class -> mean scores, from the summaries; and what could not be read."""
     found: dict[str, Any] = {}
     problems = []
-    for path in sorted(run.evaluation.glob("*/summary.json")):
+    for path in sorted(run.evaluation.glob(f"*/{SUMMARY_FILE}")):
         try:
             classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
             found[path.parent.name] = {

@@ -14,9 +14,6 @@ import typer
 from sdseg_cli import console
 from sdseg_cli.commands._compiling import compile_if_wanted
 from sdseg_cli.commands._measured import (
-    CASES_FILE,
-    REPORT_FILE,
-    SUMMARY_FILE,
     Model,
     dataset_evidence,
     file_name,
@@ -45,7 +42,7 @@ from sdseg_cli.commands._options import (
 )
 from sdseg_cli.core.data.images import list_images, read_image, write_label_map, write_png
 from sdseg_cli.core.errors import DataError, ModelError, UsageError
-from sdseg_cli.core.files import refuse_existing, whole_folder
+from sdseg_cli.core.files import CASES_FILE, REPORT_FILE, SUMMARY_FILE, refuse_existing, whole_folder
 from sdseg_cli.core.manifest import made_with, write_manifest
 from sdseg_cli.core.reporting.tables import to_csv
 from sdseg_cli.core.run_directory import atomic_write, to_json

@@ -14,6 +14,8 @@ from pathlib import Path
 from sdseg_cli.core.errors import UsageError
 
 EXPORT_FILE = "export.json"  # beside an exported graph, by which its folder is known
+# Of a folder of scores, which is known by the first.
+SUMMARY_FILE, CASES_FILE, REPORT_FILE = "summary.json", "cases.csv", "report.html"
 
 
 def write_whole(path: Path, payload: bytes) -> None:

@@ -497,13 +497,17 @@ class ModelReference:
     description: str
 
 
-def resolve_model(model: str | None, runs_root: Path = RUNS_ROOT) -> ModelReference:
-    """Find the model that ``--model`` means.
+def resolve_model(
+    model: str | None, runs_root: Path = RUNS_ROOT, *, option: str = "--model", also: str = ""
+) -> ModelReference:
+    """Find the model that ``--model`` or an argument means.
 
     Args:
         model: a run directory, a run's name below ``runs_root``, a model folder, or a hub id
             ``owner/name``; None means the newest finished run.
         runs_root: where to look for runs.
+        option: by which it was named, for the messages; empty for an argument.
+        also: what else could have been named, for the messages.
 
     Raises:
         UsageError: there is no such model; the message says how to make one.
@@ -517,20 +521,25 @@ def resolve_model(model: str | None, runs_root: Path = RUNS_ROOT) -> ModelRefere
     if not path.exists() and len(path.parts) == 1 and (runs_root / path).is_dir():
         path = runs_root / path
     if path.is_dir():
-        return _reference_in(path)
+        return _reference_in(path, f"{option} {path}".strip())
+    said = f"{option} {model}".strip()
     if path.suffix.lower() in _WEIGHT_FILES or path.is_file():
         raise UsageError(
-            f"--model {model} is a single file; expected a run directory, a model folder (with "
+            f"{said} is a single file; expected a run directory, a model folder (with "
             "model_index.json) or a hub id (owner/name). An official checkpoint becomes a model folder with: "
             f"sdseg convert {model} --out MODEL_FOLDER"
         )
     is_path = model.startswith((".", "/", "~")) or Path(path.parts[0] if path.parts else ".").exists()
     if _HUB_ID.fullmatch(model) and not is_path:
         return ModelReference(model, None, f"{model} from the hub")
-    raise UsageError(_no_model_message(model, path, runs_root))
+    close = _close_run(path, runs_root)
+    raise UsageError(
+        f"{said} does not exist.{f' Did you mean {close}?' if close else ''} Give a run directory, a model "
+        f"folder (with model_index.json){f', {also}' if also else ''} or a hub id (owner/name)."
+    )
 
 
-def _reference_in(path: Path) -> ModelReference:
+def _reference_in(path: Path, said: str) -> ModelReference:
     if (path / EXPORT_FILE).is_file():
         return ModelReference(str(path), None, f"exported model {path}")
     if (path / "model_index.json").is_file():
@@ -541,12 +550,12 @@ def _reference_in(path: Path) -> ModelReference:
     run = RunDirectory(path)
     if not run.run_file.is_file():
         raise UsageError(
-            f"--model {path}: the folder holds neither a run (run.json) nor a model (model_index.json). "
+            f"{said}: the folder holds neither a run (run.json) nor a model (model_index.json). "
             "Give a run directory, a model folder or a hub id (owner/name)."
         )
     if not run.has_model:
         raise UsageError(
-            f"--model {path}: the run ({run.status}) has no exported model yet. Continue it with: "
+            f"{said}: the run ({run.status}) has no exported model yet. Continue it with: "
             f"sdseg train --resume {path}"
         )
     return _reference_to(run, "run")
@@ -567,11 +576,8 @@ def _no_run_message(runs_root: Path) -> str:
     )
 
 
-def _no_model_message(model: str, path: Path, runs_root: Path) -> str:
+def _close_run(path: Path, runs_root: Path) -> Path | None:
+    """The run whose name is most like that of ``path``."""
     names = {run.root.name: run.root for place in {runs_root, path.parent} for run in all_runs(place)}
     close = difflib.get_close_matches(path.name, sorted(names), 1, 0.5)
-    hint = f" Did you mean {names[close[0]]}?" if close else ""
-    return (
-        f"--model {model} does not exist.{hint} Give a run directory, a model folder (with model_index.json) "
-        "or a hub id (owner/name)."
-    )
+    return names[close[0]] if close else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdseg_cli.core.errors import DataError, UsageError
-from sdseg_cli.core.files import EXPORT_FILE, sha256_of
+from sdseg_cli.core.files import EXPORT_FILE, REPORT_FILE, SUMMARY_FILE, sha256_of
 from sdseg_cli.core.integrity import DAMAGE, MANIFEST_FILE, NOT_OURS, checked_sums, read_object
 from sdseg_cli.core.manifest import JOURNAL_FOLDER, read_journal, unfinished
 from sdseg_cli.core.run_directory import RunDirectory
@@ -30,9 +30,9 @@ MARKS = {
     EXPORT_FILE: "exported model",
     "model_index.json": "model",
     MANIFEST_FILE: "",  # which says its kind itself
-    "summary.json": "scores",
+    SUMMARY_FILE: "scores",
 }
-SHARED_FILES = frozenset({"summary.csv", "prediction.json", "report.html"})  # of all calls into a folder
+SHARED_FILES = frozenset({"summary.csv", "prediction.json", REPORT_FILE})  # of all calls into a folder
 _NETWORK_FILE = "config.json"  # of an autoencoder or another start; inside a model it marks nothing
 _TRACKERS = frozenset({"tensorboard", "wandb", "mlruns"})  # of a run: written by others, and after it ended
 _LEFTOVERS = (".partial", ".old")

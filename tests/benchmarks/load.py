@@ -2,10 +2,10 @@
 
 ::
 
-    python tests/benchmarks/load.py images 1000 4000 10000     # predicted by a real network, a tiny one
-    python tests/benchmarks/load.py volumes 100 300 600        # 512 x 512 x N, int16
-    python tests/benchmarks/load.py training 5000              # steps, with validations and checkpoints
-    python tests/benchmarks/load.py dataset 2500 10000 100000  # slices prepared, opened and read
+    python -m tests.benchmarks.load images 1000 4000 10000     # predicted by a real network, a tiny one
+    python -m tests.benchmarks.load volumes 100 300 600        # 512 x 512 x N, int16
+    python -m tests.benchmarks.load training 5000              # steps, with validations and checkpoints
+    python -m tests.benchmarks.load dataset 2500 10000 100000  # slices prepared, opened and read
 
 Each count runs in a process of its own, since a process's peak never falls. ``growth_mib`` is the highest
 resident memory, seen every 20 ms, less what was there when the work began.
@@ -30,20 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.tiny_recipe import SIZE as SMALL  # of an image, and of the network's own grid
+from tests.tiny_recipe import tiny_values
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SIDE = 512  # of a slice of a volume, in pixels
-SMALL = 32  # of an image, and of the network's own grid
-TINY = {
-    "image_encoder": "kl",
-    "image_encoder_channels": [32, 32, 32, 32],
-    "image_encoder_blocks": 1,
-    "image_encoder_dropout": 0.0,
-    "unet_channels": [32, 32],
-    "unet_blocks": 1,
-    "unet_heads": 4,
-    "unet_attention_strides": [2],
-    "unet_dropout": 0.0,
-}
 
 
 def resident_mib() -> float:
@@ -82,15 +73,10 @@ def watched() -> Iterator[SimpleNamespace]:
 def recipe(dataset: Path, **train: Any) -> Any:
     from sdseg_cli.core.recipe import recipe_from_values
 
-    fixed = {"batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 0, "ema_decay": 0.9, "trackers": []}
-    return recipe_from_values(
-        {
-            "name": "tiny",
-            "data": {"dataset": str(dataset), "image_size": SMALL, "workers": 0},
-            "model": TINY,
-            "train": {**fixed, **train},
-        }
-    )
+    values = tiny_values(dataset)
+    values["data"]["workers"] = 0
+    values["train"] |= train
+    return recipe_from_values(values)
 
 
 def predictor(folder: Path) -> Any:
@@ -169,11 +155,13 @@ def volumes(count: int, folder: Path, *, files: int = 1) -> dict[str, Any]:
 
 
 def training(steps: int, folder: Path) -> dict[str, Any]:
+    from sdseg_cli.core.engine import run_keeping
     from sdseg_cli.core.engine import training as engine
     from sdseg_cli.core.engine.training_records import StepRecord
     from sdseg_cli.core.run_directory import RunDirectory
 
-    engine.training_curves = lambda metrics, path: None  # drawn once, at the end, with a library of its own
+    # Drawn once, at the end, with a library of its own.
+    run_keeping.training_curves = lambda metrics, path: None
     phantoms(folder / "data", 24)
     every = max(1, steps // 20)
     tiny = recipe(
@@ -278,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for count in options.counts:
         command = [
             sys.executable,
-            __file__,
+            "-m",
+            "tests.benchmarks.load",
             options.kind,
             str(count),
             "--files",

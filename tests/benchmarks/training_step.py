@@ -29,7 +29,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
-from sdseg_cli.core.engine import training
+from sdseg_cli.core.engine import learner, training
 from sdseg_cli.core.model.weights import quiet_diffusers
 from sdseg_cli.core.recipe import load_recipe
 from sdseg_cli.core.run_directory import RunDirectory
@@ -69,7 +69,7 @@ VARIANTS: dict[str, tuple[dict, str]] = {
 @contextlib.contextmanager
 def changed(change: str) -> Iterator[None]:
     """Build a training without its cache, with another layout of its weights, or with graphs replayed."""
-    most, layout, compiled = training.MOST_BYTES, training.use_channels_last, training.compile_networks
+    most, layout, compiled = learner.MOST_BYTES, learner.use_channels_last, learner.compile_networks
 
     def laid_out(networks: list, _device: torch.device, *, training: bool) -> None:
         for network in networks:
@@ -81,16 +81,16 @@ def changed(change: str) -> Iterator[None]:
 
     try:
         if "no cache" in change:
-            training.MOST_BYTES = 0
+            learner.MOST_BYTES = 0
         if "as written" in change:
-            training.use_channels_last = lambda *networks, **settings: None
+            learner.use_channels_last = lambda *networks, **settings: None
         elif "channels-last" in change:
-            training.use_channels_last = laid_out
+            learner.use_channels_last = laid_out
         if "graphs" in change:
-            training.compile_networks = graphed
+            learner.compile_networks = graphed
         yield
     finally:
-        training.MOST_BYTES, training.use_channels_last, training.compile_networks = most, layout, compiled
+        learner.MOST_BYTES, learner.use_channels_last, learner.compile_networks = most, layout, compiled
 
 
 def start(settings: dict, change: str, recipe: str, folder: Path, device: str) -> Iterator:

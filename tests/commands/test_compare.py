@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,14 @@ def test_runs_and_masks_are_put_side_by_side(place, masks, tmp_path, capsys):
     assert "| other" in (out / "comparison.md").read_text()
     assert (out / "curves.png").stat().st_size > 1000
     page = (out / "report.html").read_text()
+    assert page.count("Validation Dice by ") == 4  # by step and by time, each with its words for the blind
+    assert page.count('<circle class="dot c0"') == 4  # in both charts two runs, validated once
+    assert "<img" not in page
+    for number, name in enumerate("ab"):
+        assert re.search(
+            rf"The recipe of ours \(runs/{name}\), with [^<]*</summary>\n<pre>[^<]*seed: {number}\n", page
+        )
+    assert page.count("The recipe of") == 2  # the masks have none
     digests = [one["sha256"] for method in summary["methods"].values() for one in method]
     assert len({*digests}) == 3  # two models, one folder of masks
     fingerprint = PreparedDataset.open("phantom").manifest.fingerprint
@@ -191,7 +200,9 @@ def test_a_torn_mask_leaves_its_case_out_by_name(place, masks, tmp_path, capsys)
         (["a=runs/a", "a=runs/a", "runs/b"], "runs/a was given twice for a"),
         (["runs/a", "runs/b", "--draws", "1"], "one draw has none to be compared with"),
         (["runs/a", "empty"], "empty holds no run, no model, no masks and no scores"),
-        (["runs/a", "nowhere"], "nowhere does not exist"),
+        (["runs/a", "nowhere"], "error: nowhere does not exist."),
+        (["runs/a", "x=no/masks/here"], "error: no/masks/here does not exist."),
+        (["runs/a", "runs/aa"], "error: runs/aa does not exist. Did you mean runs/a?"),
         (["runs/a", "runs/b", "--baseline", "c"], "there is no such method. There are: a, b"),
     ],
 )

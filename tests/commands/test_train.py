@@ -447,12 +447,12 @@ def test_a_checkpoint_file_given_as_a_model_is_never_executed(name, command, sds
 
 @pytest.mark.faults(20)
 def test_out_of_memory_is_a_message_with_the_setting_to_change(sdseg, recipe, tmp_path, monkeypatch):
-    from sdseg_cli.core.engine import training
+    from sdseg_cli.core.engine import learner
 
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(training, "diffusion_loss", too_much)
+    monkeypatch.setattr(learner, "diffusion_loss", too_much)
     code, _, err = sdseg("train", "-r", recipe, "--out", "run", "--device", "cpu")
     assert code == 1
     assert "--set train.gradient_accumulation=2" in err

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdseg_cli.core.engine import training
+from sdseg_cli.core.engine import learner, training
 from sdseg_cli.core.engine.networks import TrainableNetwork, build_networks
 from sdseg_cli.core.engine.training import learning_rate_at
 from sdseg_cli.core.engine.training_records import Checkpointed, Finished, Started, StepRecord, Validated
@@ -455,13 +455,15 @@ def test_a_joint_training_sees_the_noisy_latents_of_all_class_masks(
     organs, seen, trained, tiny_recipe, tmp_path, monkeypatch
 ):
     encoded = []
-    posterior = training.posterior
-    monkeypatch.setattr(training, "posterior", lambda *a: (encoded.append(a[1]), posterior(*a))[1])
-    monkeypatch.setattr(training.Training, "_make_latent_cache", lambda self: None)
+    posterior = learner.posterior
+    monkeypatch.setattr(learner, "posterior", lambda *a: (encoded.append(a[1]), posterior(*a))[1])
+    monkeypatch.setattr(learner.Learner, "_make_latent_cache", lambda self: None)
     batches = []
-    losses = training.Training._losses
+    losses = learner.Learner._losses
     monkeypatch.setattr(
-        training.Training, "_losses", lambda self, batch: (batches.append(batch), losses(self, batch))[1]
+        learner.Learner,
+        "_losses",
+        lambda self, batch, scale: (batches.append(batch), losses(self, batch, scale))[1],
     )
     trained(tiny_recipe({"data.dataset": str(organs), "model.multiclass": "joint"}), tmp_path / "run")
     assert {latent.shape for latent, _ in seen} == {(4, 12, 4, 4)}
@@ -501,8 +503,8 @@ def test_compiled_training_learns_the_same_and_its_checkpoints_are_of_the_same_k
         for module in modules:
             module.compile(backend=lambda graph, _: (graphs.append(graph), graph)[1], dynamic=False)
 
-    monkeypatch.setattr(training, "compile_networks", traced)
-    monkeypatch.setattr(training, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(learner, "compile_networks", traced)
+    monkeypatch.setattr(learner, "missing_compiler", lambda device: None)
     torch._dynamo.reset()
     plain = trained(tiny_recipe(networks), tmp_path / "plain")
     assert not graphs
@@ -536,17 +538,17 @@ def test_latents_that_were_kept_train_the_same(
     changes = {"model.autoencoder": "KL", "data.dataset": folder, "train.steps": 8}
     changes = filled({**changes, "model.multiclass": multiclass}, made)
     caches = []
-    make = training.Training._make_latent_cache
+    make = learner.Learner._make_latent_cache
 
     def noted(trainer):
         caches.append(make(trainer))
         return caches[-1]
 
-    monkeypatch.setattr(training.Training, "_make_latent_cache", noted)
+    monkeypatch.setattr(learner.Learner, "_make_latent_cache", noted)
     kept = trained(tiny_recipe(changes), tmp_path / "kept")
     most = 8 * 4 * (3 if multiclass == "joint" else 1)
     assert 0 < len(caches[0]) < most  # draws, some of a mask that was met before
-    monkeypatch.setattr(training.Training, "_make_latent_cache", lambda trainer: None)
+    monkeypatch.setattr(learner.Learner, "_make_latent_cache", lambda trainer: None)
     encoded = trained(tiny_recipe(changes), tmp_path / "encoded")
     assert kept.losses[0] == pytest.approx(encoded.losses[0], rel=1e-6)
     assert kept.losses == pytest.approx(
@@ -556,11 +558,11 @@ def test_latents_that_were_kept_train_the_same(
 
 def test_latents_are_kept_only_where_masks_recur_and_fit(tiny_recipe, monkeypatch):
     flips = training.Training(tiny_recipe(), device="cpu")
-    assert flips.latents is not None
+    assert flips.learner.latents is not None
     moved = training.Training(tiny_recipe({"data.augmentation.affine": 0.5}), device="cpu")
-    assert moved.latents is None
-    monkeypatch.setattr(training, "MOST_BYTES", 1000)
-    assert training.Training(tiny_recipe(), device="cpu").latents is None
+    assert moved.learner.latents is None
+    monkeypatch.setattr(learner, "MOST_BYTES", 1000)
+    assert training.Training(tiny_recipe(), device="cpu").learner.latents is None
 
 
 def test_weights_in_the_layout_of_tensor_cores_train_save_and_resume(
@@ -571,7 +573,7 @@ def test_weights_in_the_layout_of_tensor_cores_train_save_and_resume(
             network.to(memory_format=torch.channels_last)
 
     plain = trained(tiny_recipe(), tmp_path / "plain")
-    monkeypatch.setattr(training, "use_channels_last", laid_out)
+    monkeypatch.setattr(learner, "use_channels_last", laid_out)
     changed = trained(tiny_recipe({"train.ema_scope": "all"}), tmp_path / "changed")
     assert changed.losses == pytest.approx(plain.losses, rel=1e-4)
     assert load_pipeline(str(changed.run.model)).unet.conv_in.weight.is_contiguous()
@@ -937,7 +939,7 @@ def test_out_of_memory_says_which_setting_to_change(problem, tiny_recipe, traine
     def too_much(*_):
         raise problem
 
-    monkeypatch.setattr(training, "diffusion_loss", too_much)
+    monkeypatch.setattr(learner, "diffusion_loss", too_much)
     with pytest.raises(OutOfMemoryError) as error:
         trained(tiny_recipe(), tmp_path / "run")
     assert "a part of 4 images" in str(error.value)
@@ -955,7 +957,7 @@ def test_out_of_memory_with_single_images_advises_something_that_helps(
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(training, "diffusion_loss", too_much)
+    monkeypatch.setattr(learner, "diffusion_loss", too_much)
     recipe = tiny_recipe({"train.gradient_accumulation": 4, "train.gradient_checkpointing": True})
     with pytest.raises(OutOfMemoryError) as error:
         trained(recipe, tmp_path / "run")
@@ -970,7 +972,7 @@ def test_another_error_of_the_networks_is_not_taken_for_out_of_memory(
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(training, "diffusion_loss", broken)
+    monkeypatch.setattr(learner, "diffusion_loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         trained(tiny_recipe(), tmp_path / "run")
 
@@ -979,7 +981,7 @@ def test_another_error_of_the_networks_is_not_taken_for_out_of_memory(
 def test_a_training_that_diverges_says_so_and_keeps_the_last_checkpoint(
     tiny_recipe, trained, tmp_path, monkeypatch
 ):
-    original = training.diffusion_loss
+    original = learner.diffusion_loss
     calls = itertools.count()
 
     def diverging(*args):
@@ -988,7 +990,7 @@ def test_a_training_that_diverges_says_so_and_keeps_the_last_checkpoint(
             return type(parts)(parts.noise * float("nan"), parts.latent, parts.predicted_original)
         return parts
 
-    monkeypatch.setattr(training, "diffusion_loss", diverging)
+    monkeypatch.setattr(learner, "diffusion_loss", diverging)
     recipe = tiny_recipe({"train.steps": 9, "train.checkpoint_every": 2})
     with pytest.raises(SdsegError, match=r"the loss is nan at step 4; training has diverged.*step-000002"):
         trained(recipe, tmp_path / "run")
@@ -1015,7 +1017,7 @@ def test_a_dataset_without_validation_cases_is_refused(tiny_recipe, trained, tmp
 def test_a_tracker_that_is_not_installed_is_refused_before_the_networks_are_built(
     tiny_recipe, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "build_networks", lambda *_: pytest.fail("the networks were built"))
+    monkeypatch.setattr(learner, "build_networks", lambda *_: pytest.fail("the networks were built"))
     with pytest.raises(UsageError, match=r"mlflow is not installed.*pip install mlflow"):
         trained(tiny_recipe({"train.trackers": ["mlflow"]}), tmp_path / "run")
 
@@ -1025,7 +1027,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_networks_are_buil
 def test_a_missing_gpu_is_said_before_the_networks_are_built(tiny_recipe, tmp_path, monkeypatch):
     from sdseg_cli.core.run_directory import RunDirectory
 
-    monkeypatch.setattr(training, "build_networks", lambda *_: pytest.fail("the networks were built"))
+    monkeypatch.setattr(learner, "build_networks", lambda *_: pytest.fail("the networks were built"))
     run = RunDirectory.create(tmp_path / "run", tiny_recipe())
     with pytest.raises(UsageError, match="PyTorch finds no GPU here"):
         list(training.train(tiny_recipe(), run, device="cuda"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdseg_cli.core.engine import training, training_totals
+from sdseg_cli.core.engine import learner, training, training_totals
 from sdseg_cli.core.errors import SdsegError
 from sdseg_cli.core.run_directory import RunDirectory
 
@@ -17,7 +17,7 @@ from sdseg_cli.core.run_directory import RunDirectory
 def test_a_training_that_diverged_between_two_lines_replaces_no_good_checkpoint(
     tiny_recipe, trained, tmp_path, monkeypatch
 ):
-    original = training.diffusion_loss
+    original = learner.diffusion_loss
     calls = itertools.count()
 
     def diverging(*args):
@@ -25,7 +25,7 @@ def test_a_training_that_diverged_between_two_lines_replaces_no_good_checkpoint(
         broken = parts.noise * float("nan") if next(calls) >= 2 else parts.noise
         return type(parts)(broken, parts.latent, parts.predicted_original)
 
-    monkeypatch.setattr(training, "diffusion_loss", diverging)
+    monkeypatch.setattr(learner, "diffusion_loss", diverging)
     recipe = tiny_recipe(
         {"train.steps": 9, "train.checkpoint_every": 2, "train.keep_checkpoints": 1, "train.log_every": 9}
     )

@@ -17,6 +17,7 @@ from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.phantom import make_phantom
 from sdseg_cli.core.engine.prediction import Shard, plan_predictions
 from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.manifest import read_journal
 
 IMAGES = 90
 WORKERS = 3
@@ -96,13 +97,16 @@ def test_a_killed_worker_loses_only_its_own_cases_and_a_rerun_completes_them(
     said = [worker.log() for worker in (workers[0], workers[2])]
     assert any(f"of all {IMAGES} cases belong to shards that have not finished" in text for text in said)
 
+    listed = {name for line in read_journal(out) for name in line.get("files", ())}
+    assert expected.keys() - set(own) <= listed
     again = sdseg_process(*common, "--out", out, "--shard", f"2/{WORKERS}", "--skip-existing")
     again.join(120)
     assert again.exitcode == 0, again.log()
     assert masks(out) == expected
     assert sorted(row["file"] for row in rows(out)) == sorted(expected)  # each once
-    # A mask that it had no time to list is made again.
-    assert {row["status"] for row in rows(out)} <= {"done", "skipped"}
+    # What it had listed is skipped, a mask that it had no time to list is made again, the others' rows stay.
+    statuses = {name: "skipped" if name in listed and name in own else "done" for name in expected}
+    assert {row["file"]: row["status"] for row in rows(out)} == statuses
     assert json.loads((out / "prediction.json").read_text())["status"] == "finished"
     assert not list(out.glob(".sdseg-*"))
 

@@ -269,12 +269,12 @@ def test_memory_that_does_not_hold_one_image_ends_with_what_was_done(
 
 @pytest.mark.faults(20)
 def test_training_says_which_setting_to_change(sdseg, recipe, tmp_path, monkeypatch):
-    from sdseg_cli.core.engine import training
+    from sdseg_cli.core.engine import learner
 
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(training, "diffusion_loss", too_much)
+    monkeypatch.setattr(learner, "diffusion_loss", too_much)
     ended = sdseg("train", "-r", recipe, "--out", "run", "--device", "cpu")
     assert ended.code == 1
     assert ended.says("does not hold a part of 4 images", "--set train.gradient_accumulation=2")
@@ -286,9 +286,9 @@ def test_training_says_which_setting_to_change(sdseg, recipe, tmp_path, monkeypa
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch) -> None:
-    from sdseg_cli.core.engine import inference, training
+    from sdseg_cli.core.engine import inference, learner
 
-    for place, name in ((inference, "load_pipeline"), (training, "build_networks")):
+    for place, name in ((inference, "load_pipeline"), (learner, "build_networks")):
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("the model was loaded"))
 
 

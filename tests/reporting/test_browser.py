@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdseg_cli.core.engine.report_parts import slice_view
-from sdseg_cli.core.reporting.charts import DotRow, dot_plot
+from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart, line_legend
 from sdseg_cli.core.reporting.page import CaseTable, Chart, Figure, GalleryCase, Page, render_page
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dependency group dev)")
@@ -48,6 +48,8 @@ def example() -> Page:
         ("last", "1.000", "12.5", "scored"),
     ]
     dots = dot_plot([DotRow("polyp", [0.1, 0.9], 0.5, (0.2, 0.8))], x_label="Dice", description="Dice")
+    lines = [Series(name, [1, 2], [0.1, 0.2 * number]) for number, name in enumerate(("a", HOSTILE), 1)]
+    curves = line_chart(lines, x_label="step", y_label="Dice", description="Dice")
     return Page(
         title="Report",
         lead=HOSTILE,
@@ -58,6 +60,7 @@ def example() -> Page:
         ),
         legend=(("polyp", "rgb(56, 190, 255)"),),
         charts=(Chart("Dice", "", dots),),
+        convergence=(Chart("Dice by step", "", curves, line_legend(lines)),),
         cases=CaseTable("All cases", "", ("case", "Dice", "HD95", "outcome"), tuple(rows), limit_column=1),
         facts=(("Model", HOSTILE),),
     )
@@ -176,6 +179,23 @@ def test_the_slice_slider_shows_one_slice_and_begins_at_the_worst(page):
     set_slider(page, "#case-1 input[data-views]", 0)
     assert shown() == ["slice 0"]
     assert page.locator("#case-2 input[data-views]").count() == 0
+
+
+def test_curves_and_their_legend_follow_light_and_dark(page):
+    def seen(selector: str, of: str) -> list[str]:
+        return page.eval_on_selector_all(selector, f"found => found.map(one => getComputedStyle(one).{of})")
+
+    assert page.locator(".chart .legend span").all_text_contents() == ["a", HOSTILE]
+    for scheme, tones, card, ink in (
+        ("light", ["rgb(11, 122, 111)", "rgb(109, 79, 196)"], "rgb(255, 255, 255)", "rgb(86, 101, 98)"),
+        ("dark", ["rgb(76, 201, 184)", "rgb(164, 139, 240)"], "rgb(21, 29, 28)", "rgb(148, 166, 162)"),
+    ):
+        page.emulate_media(color_scheme=scheme)
+        assert seen(".chart > svg .curve", "stroke") == tones
+        assert seen(".chart .key .curve", "stroke") == tones
+        assert {*seen(".chart > svg .tick", "fill")} == {ink}
+        assert {*seen(".chart", "backgroundColor")} == {card}
+        assert {*seen(".chart > svg", "backgroundColor")} == {"rgba(0, 0, 0, 0)"}
 
 
 def test_the_page_can_be_read_without_scripts_in_the_dark_and_on_a_phone(browser, address):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, dice_histogram, training_curves
+from sdseg_cli.core.reporting.curves import convergences
+from sdseg_cli.core.reporting.figures import _smoothed, convergence_curves, training_curves
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 10, "loss": 0.9, "learning_rate": 1e-4, "samples_per_second": 20.0},
@@ -63,27 +64,25 @@ def test_smoothing_keeps_a_constant_and_shifts_nothing() -> None:
     assert np.allclose(_smoothed(np.arange(5.0))[1:4], [1, 2, 3])
 
 
-def test_a_histogram_states_mean_median_count_and_absent_cases(tmp_path: Path) -> None:
-    dice_histogram({"liver": [0.5, 0.75, 1.0, float("nan")], "spleen": []}, tmp_path / "scores.svg")
-    text = (tmp_path / "scores.svg").read_text(encoding="utf-8")
-    assert "mean 0.750   median 0.750   n = 3   absent 1" in text
-    assert "no case" in text
-    assert "liver" in text
-
-
-def test_a_histogram_of_one_case_or_of_none_is_drawn(tmp_path: Path) -> None:
-    dice_histogram({"polyp": [1.0]}, tmp_path / "one.png")
-    dice_histogram({}, tmp_path / "none.png")
-    assert (tmp_path / "one.png").stat().st_size > 1000
-    assert (tmp_path / "none.png").exists()
-
-
 def test_convergence_shows_every_method_once_whatever_its_seeds(tmp_path: Path) -> None:
     curve = [{"step": 10 * k, "validation_dice": 0.1 * k} for k in (1, 2, 3)]
     timed = [*curve, *({"step": 10 * k, "seconds": 60.0 * k} for k in (1, 2, 3))]
-    convergence_curves({"ours": [timed, curve], "other": [curve]}, tmp_path / "curves.svg")
+    found = convergences({"ours": [timed, curve], "other": [curve], "never validated": [[]]})
+    assert [(one.method, one.minutes) for one in found] == [
+        ("ours", (1.0, 2.0, 3.0)), ("ours", None), ("other", None),
+    ]  # fmt: skip
+    assert found[0].steps == (10.0, 20.0, 30.0)
+    convergence_curves(found, tmp_path / "curves.svg")
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert text.count(">ours<") == text.count(">other<") == 1
     assert "minutes trained" in text
-    convergence_curves({"ours": [[]]}, tmp_path / "none.svg")
+    convergence_curves([], tmp_path / "none.svg")
     assert "nothing yet" in (tmp_path / "none.svg").read_text(encoding="utf-8")
+
+
+def test_a_method_may_be_named_like_mathematics(tmp_path: Path) -> None:
+    curve = [{"step": 1, "validation_dice": 0.1}, {"step": 2, "validation_dice": 0.2}]
+    convergence_curves(convergences({r"$\frac{$": [curve], "_hidden": [curve]}), tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert r">$\frac{$<" in text
+    assert ">_hidden<" in text

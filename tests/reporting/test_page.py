@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart, reliability_plot
+from sdseg_cli.core.reporting.charts import (
+    CHART_WIDTH,
+    DotRow,
+    Series,
+    dot_plot,
+    line_chart,
+    line_legend,
+    reliability_plot,
+)
 from sdseg_cli.core.reporting.page import (
     CaseTable,
     Chart,
@@ -82,9 +90,10 @@ def hostile_page() -> Page:
         gallery_note=HOSTILE,
         legend=((HOSTILE, "#fff"),),
         charts=tuple(Chart(HOSTILE, HOSTILE, drawing) for drawing in (chart, dots, curve)),
+        convergence=(Chart(HOSTILE, HOSTILE, chart, ((HOSTILE, "c0"),)),),
         tables=(Table(HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((HOSTILE, HOSTILE),)),),
         facts=((HOSTILE, HOSTILE),),
-        recipe=HOSTILE,
+        recipes=((HOSTILE, HOSTILE), ("", HOSTILE), ("none", "")),
         footer=HOSTILE,
     )
 
@@ -102,6 +111,7 @@ def test_every_name_is_escaped_wherever_it_is_shown():
     assert read(html).tags.count("script") == 1
     assert "alert(" not in re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     assert html.count("&lt;script&gt;") > 30
+    assert html.count("<details") == 2  # no recipe, no details
 
 
 def test_no_script_runs_but_the_one_whose_hash_the_page_names():
@@ -217,6 +227,31 @@ def test_a_scatter_has_dots_and_no_line():
     )
     assert svg.count("<circle") == 3
     assert "<polyline" not in svg
+
+
+def test_curves_of_one_name_share_a_colour_and_those_beyond_the_colours_are_dashed():
+    names = ["a", "b", "b", *"cdefghij"]
+    lines = [Series(name, [0, 1], [0, 1]) for name in names]
+    tones = dict(line_legend(lines))
+    assert list(tones) == list("abcdefghij")
+    assert (tones["b"], tones["h"], tones["i"]) == ("c1", "c0 d1", "c1 d1")
+    svg = line_chart(lines, x_label="x", y_label="y", description="d")
+    assert svg.count('class="curve c1"') == 2
+    assert svg.count('class="curve c0 d1"') == 1
+    html = render_page(Page("t", "", charts=(Chart("", "", svg, line_legend(lines)),)))
+    classes = {one for tone in tones.values() for one in tone.split()}
+    assert all(re.search(rf"svg \.{one} {{ (--tone|stroke)", html) for one in classes)
+    key = r'<line class="curve c0 d1"[^>]*/></svg>h</span>'
+    assert len(re.findall(key, html)) == 1
+
+
+def test_the_last_number_of_an_axis_and_the_score_of_a_long_name_are_not_cut_off():
+    svg = line_chart([Series("a", [0, 10_000], [0, 1])], x_label="x", y_label="y", description="d")
+    at = re.search(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">10000<', svg)[1]
+    assert float(at) + 5 * 3.5 <= CHART_WIDTH  # half of five digits of 7 units
+    dots = dot_plot([DotRow("long <name> " * 20, [0.9], 0.9)], x_label="Dice", description="d")
+    assert re.search(r"long &lt;name&gt; long[^<]*…: 0.900</text>", dots)
+    assert f"<title>{'long &lt;name&gt; ' * 20}</title>" in dots
 
 
 def test_a_dot_plot_shows_one_dot_a_case_and_its_mean():

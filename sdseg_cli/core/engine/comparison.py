@@ -66,6 +66,7 @@ class ScoredRun:
         costs: of training and prediction.
         curve: records of ``metrics.jsonl``, where it was trained here.
         facts: what the report records about it.
+        recipe: it was trained by, as YAML; empty where that is not known.
     """
 
     location: str
@@ -75,6 +76,7 @@ class ScoredRun:
     costs: Costs = field(default_factory=Costs)
     curve: tuple[Mapping[str, Any], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
 
 
 @dataclass(frozen=True)

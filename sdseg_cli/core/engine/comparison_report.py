@@ -11,16 +11,9 @@ from sdseg_cli.core.engine.comparison import COMPARED, OF_ONE_UNIT, Accuracy, Co
 from sdseg_cli.core.engine.evaluation_records import DISTANCES, MEAN_OF_CLASSES
 from sdseg_cli.core.engine.evaluation_summary import CONVENTION_TEXTS
 from sdseg_cli.core.engine.report_parts import MOST_ROWS
-from sdseg_cli.core.reporting.charts import DotRow, dot_plot
-from sdseg_cli.core.reporting.page import (
-    CaseTable,
-    Chart,
-    Figure,
-    Page,
-    Picture,
-    Table,
-    format_duration,
-)
+from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart, line_legend
+from sdseg_cli.core.reporting.curves import Convergence
+from sdseg_cli.core.reporting.page import CaseTable, Chart, Figure, Page, Table, format_duration
 from sdseg_cli.core.reporting.tables import cell, interval_cell
 
 MOST_CHARTED = 8  # methods of one chart
@@ -247,7 +240,7 @@ def comparison_page(
     title: str,
     tables: Sequence[Table],
     *,
-    curves: str | None,
+    curves: Sequence[Convergence],
     facts: Mapping[str, Any],
     footer: str,
 ) -> Page:
@@ -257,7 +250,7 @@ def comparison_page(
         comparison: what is shown.
         title: of the page.
         tables: as made here.
-        curves: ``data:`` address of the convergence curves, where anything was trained.
+        curves: of the runs that are compared, none where nothing was trained.
         facts: names and values for the end of the page.
         footer: the last line.
     """
@@ -290,21 +283,58 @@ def comparison_page(
         )
         for entry in shown
     )
-    pictures: tuple[Picture, ...] = ()
-    if curves is not None:
-        pictures = (Picture("Convergence", "Validation Dice during training, a colour a method.", curves),)
     return Page(
         title,
         f"{len(comparison.methods)} methods on the same {len(comparison.cases)} cases.",
         figures=figures,
         charts=(chart,),
         charts_title="Accuracy",
-        pictures=pictures,
+        convergence=_convergence_charts(curves, comparison.baseline),
         tables=tuple(tables),
         cases=_case_table(comparison, overall),
         facts=tuple((name, str(value)) for name, value in facts.items()),
+        recipes=_recipes(comparison),
         footer=footer,
     )
+
+
+def _convergence_charts(curves: Sequence[Convergence], baseline: str) -> tuple[Chart, ...]:
+    """Validation Dice by step and by time, the baseline in the colour that it has in the other chart."""
+    ordered = sorted(curves, key=lambda curve: curve.method != baseline)
+    by_step = [Series(one.method, one.steps, one.dices, marks=True) for one in ordered]
+    by_time = [  # those without a time keep their place, and so their colours
+        Series(one.method, one.minutes or (), one.dices if one.minutes else (), marks=True) for one in ordered
+    ]
+    lowest = min((min(one.dices) for one in curves), default=0.0)
+    highest = max((max(one.dices) for one in curves), default=1.0)
+    return tuple(
+        Chart(
+            title,
+            "On the validation split during training; a line a run, a colour a method.",
+            line_chart(
+                lines,
+                x_label=x_label,
+                y_label="validation Dice",
+                y_range=(max(0.0, lowest - 0.05), min(1.0, highest + 0.03)),
+                description=f"{title}, a line a run",
+            ),
+            line_legend(lines),
+        )
+        for title, x_label, lines in (
+            ("Validation Dice by step", "optimizer step", by_step),
+            ("Validation Dice by time", "minutes trained", by_time),
+        )
+        if any(len(one.x) for one in lines)
+    )
+
+
+def _recipes(comparison: Comparison) -> tuple[tuple[str, str], ...]:
+    """Every recipe once, with the methods and places of the runs that were trained by it."""
+    trained: dict[str, dict[str, None]] = {}
+    for method in comparison.methods:
+        for run in method.runs:
+            trained.setdefault(run.recipe, {})[f"{method.name} ({run.location})"] = None
+    return tuple((", ".join(runs), recipe) for recipe, runs in trained.items() if recipe)
 
 
 def _case_table(comparison: Comparison, overall: Sequence[Accuracy]) -> CaseTable:

@@ -23,6 +23,7 @@ from sdseg_cli.core.engine.evaluation_summary import case_rows
 from sdseg_cli.core.engine.folder_evaluation import masks_by_name
 from sdseg_cli.core.engine.report_parts import evenly
 from sdseg_cli.core.errors import DataError, ModelError
+from sdseg_cli.core.files import CASES_FILE, SUMMARY_FILE
 from sdseg_cli.core.metrics.overlap import Convention
 from sdseg_cli.core.metrics.similarity import PerceptualDistance, find_perceptual_trunk
 from sdseg_cli.core.metrics.surface import NSD_TOLERANCE
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
     from sdseg_cli.core.run_directory import RunDirectory
 
-SUMMARY_FILE, CASES_FILE = "summary.json", "cases.csv"
 _FACTS = ("model", "dataset", "sampling", "predictions")  # of a summary, for the report
 MOST_SLICES_DRAWN = 50  # of a split, for the stability of several draws
 MOST_SLICES_TIMED = 200

@@ -31,9 +31,11 @@ from sdseg_cli.core.engine.report_parts import (
 )
 from sdseg_cli.core.engine.stability import KindSummary, StabilitySummary, stability_table
 from sdseg_cli.core.errors import DataError
+from sdseg_cli.core.files import CASES_FILE, SUMMARY_FILE
 from sdseg_cli.core.metrics.overlap import count_classes, dice
 from sdseg_cli.core.metrics.summary import Summary, summarise
 from sdseg_cli.core.reporting.charts import DotRow, Series, dot_plot, line_chart
+from sdseg_cli.core.reporting.curves import series
 from sdseg_cli.core.reporting.page import (
     CaseTable,
     Chart,
@@ -136,8 +138,8 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
     """
     run = RunDirectory.open(folder.run)
     dataset = PreparedDataset.open(folder.data)
-    scores = _read_json(run.evaluation / "test" / "summary.json")
-    stability = _read_json(run.stability / "test" / "summary.json")
+    scores = _read_json(run.evaluation / "test" / SUMMARY_FILE)
+    stability = _read_json(run.stability / "test" / SUMMARY_FILE)
     cases = score_shown_cases(folder, dataset)
     record = run.read_run_json()
     total = sum(step.seconds for step in steps)
@@ -171,7 +173,7 @@ def demonstration_page(folder: DemoFolder, steps: Sequence[Step]) -> Page:
         tables=(_score_table(scores), _stability_table(stability)),
         cases=_case_table(cases),
         facts=_facts(dataset, record, scores, cases),
-        recipe=run.recipe_file.read_text(encoding="utf-8"),
+        recipes=(("", run.recipe_file.read_text(encoding="utf-8")),),
         footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 
@@ -293,7 +295,7 @@ def _case_table(cases: Sequence[ShownCase]) -> CaseTable:
 def _charts(run: RunDirectory, scores: dict[str, Any], cases: Sequence[ShownCase]) -> tuple[Chart, ...]:
     test = _first_class(scores)["metrics"]["dice"]
     metrics = run.read_metrics()
-    evaluated = _read_column(run.evaluation / "test" / "cases.csv", "dice")
+    evaluated = _read_column(run.evaluation / "test" / CASES_FILE, "dice")
     otsu = summarise([case.otsu for case in cases])
     rows = [
         DotRow("sdseg", evaluated, test["mean"], (test["low"], test["high"]), highlighted=True),
@@ -321,14 +323,14 @@ def _curve(
     label: str,
     limits: tuple[float, float] | None,
 ) -> Chart:
-    points = [(record["step"], record[key]) for record in metrics if isinstance(record.get(key), int | float)]
+    steps, values = series(metrics, key)
     captions = {
         "validation_dice": "On the validation split; the best step is the one that is kept.",
         "loss": "Mean between log lines, of the network's own target.",
     }
-    series = Series(label, [x for x, _ in points], [y for _, y in points], marks=key != "loss")
+    curve = Series(label, steps.tolist(), values.tolist(), marks=key != "loss")
     drawing = line_chart(
-        [series], x_label="optimizer step", y_label=label, y_range=limits, description=f"{title} by step"
+        [curve], x_label="optimizer step", y_label=label, y_range=limits, description=f"{title} by step"
     )
     return Chart(title, captions[key], drawing)
 

@@ -153,7 +153,7 @@ def evaluation_page(
         tables=(evaluation_table(summary, "Scores per class", str(content["convention"])),),
         cases=_case_table(classes, scores, failed, by_doubt=has_draws),
         facts=facts(content, FACTS),
-        recipe=recipe,
+        recipes=(("", recipe),),
         footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 

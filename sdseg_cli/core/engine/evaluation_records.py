@@ -175,10 +175,16 @@ def score_case(
     )
 
 
+def shown_slices(filled: Sequence[bool]) -> list[int]:
+    """Positions of the slices that hold anything, evenly chosen if they are many; one view is left free."""
+    positions = [position for position, is_filled in enumerate(filled) if is_filled]
+    return [positions[chosen] for chosen in evenly(len(positions), MOST_VIEWS - 1)]
+
+
 def spread_stack(pictures: Sequence[CasePicture], worst: CasePicture) -> tuple[CasePicture, ...]:
     """Slices that hold anything, evenly chosen if they are many, and the worst one in any case."""
-    filled = [picture for picture in pictures if picture.ground_truth.any() or picture.prediction.any()]
-    chosen = [filled[position] for position in evenly(len(filled), MOST_VIEWS - 1)]
+    filled = [bool(picture.ground_truth.any() or picture.prediction.any()) for picture in pictures]
+    chosen = [pictures[position] for position in shown_slices(filled)]
     if not any(picture.slice_index == worst.slice_index for picture in chosen):
         chosen.append(worst)
     return tuple(sorted(chosen, key=lambda picture: picture.slice_index))

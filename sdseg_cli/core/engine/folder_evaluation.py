@@ -22,10 +22,10 @@ from sdseg_cli.core.engine.evaluation_records import (
     FailedCase,
     SliceScores,
     score_case,
+    shown_slices,
     slice_surfaces,
     spread_stack,
 )
-from sdseg_cli.core.engine.report_parts import MOST_VIEWS, evenly
 from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, SdsegError
 from sdseg_cli.core.files import visible_files
@@ -210,8 +210,7 @@ def _pictures_of_pair(
         )
 
     errors = [int(np.count_nonzero(one != other)) for one, other in zip(*planes, strict=True)]
-    filled = [index for index, pair in enumerate(zip(*planes, strict=True)) if pair[0].any() or pair[1].any()]
-    chosen = [filled[position] for position in evenly(len(filled), MOST_VIEWS - 1)]
+    chosen = shown_slices([one.any() or other.any() for one, other in zip(*planes, strict=True)])
     return picture(int(np.argmax(errors))), [picture(index) for index in chosen]
 
 

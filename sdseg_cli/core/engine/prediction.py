@@ -38,6 +38,7 @@ from sdseg_cli.core.engine.prediction_plan import (
     refuse_existing,
     remove_outputs,
     split_existing,
+    unchanged,
 )
 from sdseg_cli.core.errors import DataError, Interrupted, SdsegError
 from sdseg_cli.core.files import sha256_of, write_whole
@@ -320,12 +321,9 @@ def _read_case(
 ) -> _ReadCase:
     from sdseg_cli.core.engine.inference import SliceInput
 
-    before = task.path.stat()
-    loaded: LoadedImage = read_image(task.path)
-    digest = sha256_of(task.path)
-    after = task.path.stat()
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise DataError("the file changed while it was read. Predict it again once it is complete.")
+    with unchanged(task, [task.path]):
+        loaded: LoadedImage = read_image(task.path)
+        digest = sha256_of(task.path)
     notes = loaded.notes
     if crop == "truth":  # which nobody has here: the user may have cropped already
         notes += ("taken as it is: the model was trained on crops around the optic disc, give it such",)

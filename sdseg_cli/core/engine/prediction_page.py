@@ -89,7 +89,7 @@ def prediction_page(
         charts_title="How they are spread",
         cases=_case_table(rows, classes, by_doubt=has_draws),
         facts=facts({**settings, "versions": library_versions()}, FACTS),
-        recipe=recipe,
+        recipes=(("", recipe),),
         footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 

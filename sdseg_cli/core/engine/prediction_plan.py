@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from sdseg_cli.core.data.dicom import DICOM_SUFFIXES
 from sdseg_cli.core.data.images import IMAGE_SUFFIXES, natural_key
 from sdseg_cli.core.data.volume_files import volume_suffix
-from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import visible_files
 from sdseg_cli.core.manifest import unfinished
 
@@ -204,6 +204,32 @@ def split_existing(
         is_done = task.is_done and task.mask.relative_to(out).as_posix() not in unlisted
         (done if is_done else todo).append(task)
     return todo, done
+
+
+@contextlib.contextmanager
+def unchanged(task: PredictionTask, files: Sequence[Path]) -> Iterator[None]:
+    """Refuse a case one of whose files is written, replaced or removed while the block reads them.
+
+    Raises:
+        DataError: which one it was.
+        FileNotFoundError: what the task names is gone already.
+    """
+    task.path.stat()
+    before = [_state(path) for path in files]
+    yield
+    for path, state in zip(files, before, strict=True):
+        if _state(path) != state:
+            what = "the file" if path == task.path else f"its file {readable(path.name)}"
+            raise DataError(f"{what} changed while it was read. Predict it again once it is complete.")
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is written; None where there is none, which reading it tells."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def refuse_existing(tasks: Sequence[PredictionTask], out: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from sdseg_cli.core.data.dicom import read_series
 from sdseg_cli.core.data.slicing import Axis, SliceStack, apply_window, own_window
 from sdseg_cli.core.data.volumes import Volume, files_of_volume, read_volume
-from sdseg_cli.core.engine.prediction_plan import PredictionTask, expected_channels, readable
+from sdseg_cli.core.engine.prediction_plan import PredictionTask, expected_channels, readable, unchanged
 from sdseg_cli.core.errors import DataError
 from sdseg_cli.core.files import sum_of_files
 
@@ -58,17 +57,12 @@ def read_scan(task: PredictionTask, nan_fill: float | None, channels: Sequence[i
         files = [file for path in dict.fromkeys(paths) for file in files_of_volume(path)]
     else:
         files = list(task.series.files)
-    before = [_state(path) for path in files]
-    if task.series is None:
-        task.path.stat()  # one that is gone since the start is told as such
-        volumes = {path: read_volume(path, nan_fill=nan_fill) for path in dict.fromkeys(paths)}
-    else:
-        volumes = {task.path: read_series(task.series, nan_fill=nan_fill)}
-    digest = sum_of_files(files)
-    for path, state in zip(files, before, strict=True):
-        if _state(path) != state:
-            what = "the file" if path == task.path else f"its file {readable(path.name)}"
-            raise DataError(f"{what} changed while it was read. Predict it again once it is complete.")
+    with unchanged(task, files):
+        if task.series is None:
+            volumes = {path: read_volume(path, nan_fill=nan_fill) for path in dict.fromkeys(paths)}
+        else:
+            volumes = {task.path: read_series(task.series, nan_fill=nan_fill)}
+        digest = sum_of_files(files)
     first = volumes[paths[0]]
     for path, volume in volumes.items():
         differences = volume.geometry.differences(first.geometry)
@@ -79,15 +73,6 @@ def read_scan(task: PredictionTask, nan_fill: float | None, channels: Sequence[i
                 "the channels of a case onto one grid."
             )
     return Scan(first, tuple(volumes[path].voxels for path in paths), digest)
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    """Changes when a file is written; None where there is none, which reading it tells."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 class ScanSlices:

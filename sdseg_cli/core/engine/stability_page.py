@@ -124,7 +124,7 @@ def stability_page(
         tables=(stability_table(summary, "Stability per class", str(content["protocol"])),),
         cases=_case_table(rows, agreed, several=len(classes) > 2),
         facts=facts(content, FACTS),
-        recipe=recipe,
+        recipes=(("", recipe),),
         footer=f"Written by sdseg {__version__} at {now()}. One file; nothing is fetched.",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from sdseg_cli.core.recipe_schema import SamplingSettings
 from sdseg_cli.core.reporting.overlays import prediction_grid
 
 _PICTURED = 8
+_CaseCounts = list[tuple[Counts, ...]]  # of each slice, of each foreground class
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Slices:
         """Of a volume they are parts of it, not of each slice."""
         self.label_maps = keep_largest_in_stack(self.label_maps, self.indices)
 
-    def counts(self, num_classes: int) -> list[tuple[Counts, ...]]:
+    def counts(self, num_classes: int) -> _CaseCounts:
         pairs = zip(self.label_maps, self.truths, strict=True)
         return [count_classes(label_map, truth, num_classes) for label_map, truth in pairs]
 
@@ -96,10 +97,6 @@ def validate(
         The scores, the same on every process; pictures on the main one alone.
     """
     pipeline.set_progress_bar_config(disable=True)
-    case_ids = split.case_ids
-    chosen = list(dict.fromkeys(case_ids))[: limit or None]
-    mine = set(processes.share(chosen))
-    pictured = set(chosen[:_PICTURED])
     predictor = Predictor(
         pipeline,
         batch_size=batch_size,
@@ -111,37 +108,50 @@ def validate(
         grid="model",
         precision=precision,
     )
-    counts: dict[str, list[tuple[Counts, ...]]] = {}
+    chosen = list(dict.fromkeys(split.case_ids))[: limit or None]
+    pictured = set(chosen[:_PICTURED])
+    counts: dict[str, _CaseCounts] = {}
     pictures = []
-    slices = Counter(case_ids)
+    for case_id, case in _predicted_cases(predictor, split, set(processes.share(chosen))):
+        if sampling.largest_component:
+            case.keep_largest_components()
+        counts[case_id] = case.counts(pipeline.num_classes)
+        if case_id in pictured:
+            pictures.append((case_id, *case.picture()))
+    means = _mean_dices([parts for _, parts in processes.gather(list(counts.items()))], pipeline.classes[1:])
+    return Validation(float(np.mean(list(means.values()))) if means else 0.0, means, pictures)
+
+
+def _predicted_cases(
+    predictor: Predictor, split: SplitView, wanted: set[str]
+) -> Iterator[tuple[str, _Slices]]:
+    """Predict the wanted cases of a split and give each as soon as its last slice is there."""
+    case_ids = split.case_ids
     pending: deque[PreparedSlice] = deque()  # a volume's images must not all be in memory
 
     def inputs() -> Iterator[SliceInput]:
         for position, case_id in enumerate(case_ids):
-            if case_id in mine:
+            if case_id in wanted:
                 item = split[position]
                 pending.append(item)
                 yield SliceInput(item.case_id, item.slice_index, item.image, item.grid)
 
-    cases: dict[str, _Slices] = defaultdict(_Slices)
+    expected = Counter(case_ids)
+    begun: dict[str, _Slices] = defaultdict(_Slices)
     for prediction in predictor(inputs()):
         item = pending.popleft()
-        case = cases[item.case_id]
+        case = begun[item.case_id]
         case.add(prediction, item)
-        if len(case.truths) == slices[item.case_id]:
-            cases.pop(item.case_id)
-            if sampling.largest_component:
-                case.keep_largest_components()
-            counts[item.case_id] = case.counts(pipeline.num_classes)
-            if item.case_id in pictured:
-                pictures.append((item.case_id, *case.picture()))
-    gathered = processes.gather(list(counts.items()))
-    names = pipeline.classes[1:]
+        if len(case.truths) == expected[item.case_id]:
+            yield item.case_id, begun.pop(item.case_id)
+
+
+def _mean_dices(cases: Sequence[_CaseCounts], names: Sequence[str]) -> dict[str, float]:
+    """Mean Dice of each class over the cases that hold it; a class that none holds is left out."""
     per_class: dict[str, list[float]] = {name: [] for name in names}
-    for _, parts in gathered:
+    for parts in cases:
         for name, class_parts in zip(names, zip(*parts, strict=True), strict=True):
             value = dice(sum(class_parts, start=Counts(0, 0, 0)))
             if not math.isnan(value):
                 per_class[name].append(value)
-    means = {name: float(np.mean(values)) for name, values in per_class.items() if values}
-    return Validation(float(np.mean(list(means.values()))) if means else 0.0, means, pictures)
+    return {name: float(np.mean(values)) for name, values in per_class.items() if values}

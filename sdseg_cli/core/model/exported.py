@@ -18,7 +18,14 @@ from sdseg_cli.core.errors import ModelError, UsageError
 from sdseg_cli.core.files import EXPORT_FILE
 from sdseg_cli.core.grid import Resize
 from sdseg_cli.core.integrity import refuse_altered
-from sdseg_cli.core.model.pipeline import SDSegPipeline, mirrored_axes, scores_to_probabilities
+from sdseg_cli.core.model.pipeline import (
+    NoiseKey,
+    SDSegPipeline,
+    mirrored_axes,
+    named_noise,
+    noise_keys,
+    scores_to_probabilities,
+)
 from sdseg_cli.core.seeding import generator_for
 
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml"}
@@ -241,23 +248,20 @@ class ExportedModel:
             )
         pixels = np.ascontiguousarray(np.moveaxis(np.stack(images), -1, 1))
         inputs = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        draws = noise_keys(case_ids, slice_indices, seed, range(first_sample, first_sample + num_samples))
         drawn = []
         for axes in mirrored_axes(flips):
             given = {"image": np.ascontiguousarray(np.flip(inputs, axes))}
-            for sample_index in range(first_sample, first_sample + num_samples):
+            for keys in draws:
                 if self.config.noise_shape is not None:
-                    keys = zip(case_ids, slice_indices, strict=True)
-                    given["noise"] = self._noise([(seed, *key, sample_index) for key in keys])
+                    given["noise"] = self._noise(keys, self.config.noise_shape)
                 drawn.append(np.flip(self._run(given), axes))
         return np.stack(drawn, axis=1)
 
-    def _noise(self, keys: Sequence[tuple[str | int, ...]]) -> np.ndarray:
-        shape = self.config.noise_shape or (0, 0, 0)
+    def _noise(self, keys: Sequence[NoiseKey], shape: tuple[int, int, int]) -> np.ndarray:
         if self.config.noise == "zeros":
             return np.zeros((len(keys), *shape), np.float32)
-        return torch.stack(
-            [torch.randn(shape, generator=generator_for("noise", *key)) for key in keys]
-        ).numpy()
+        return named_noise(keys, shape).numpy()
 
 
 def load_exported(folder: Path) -> ExportedModel:

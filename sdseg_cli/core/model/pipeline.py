@@ -23,6 +23,7 @@ from sdseg_cli.core.model.unet import SDSegUNet
 from sdseg_cli.core.seeding import generator_for
 
 ImageInput = Image.Image | np.ndarray
+NoiseKey = tuple[str | int, ...]  # (seed, case id, slice index, sample index)
 
 
 @dataclass
@@ -260,17 +261,14 @@ class SDSegPipeline(DiffusionPipeline):
         # Padded before they become tensors: other strides would be another graph.
         blanks = [np.zeros_like(images[0])] * (pad_to - len(images))
         inputs = self.normalise(np.stack([*images, *blanks]))  # (B, 3, S, S)
+        draws = noise_keys(case_ids, slice_indices, seed, range(first_sample, first_sample + num_samples))
         for axes in mirrored_axes(flips):
             view = inputs.flip(axes) if axes else inputs
             conditioning = self.image_encoder(view) if self.is_diffusion else None
-            for sample_index in range(first_sample, first_sample + num_samples):
+            for keys in draws:
                 if conditioning is None:
                     probabilities = self.unet(view).float().softmax(dim=1)
                 else:
-                    keys = [
-                        (seed, case, index, sample_index)
-                        for case, index in zip(case_ids, slice_indices, strict=True)
-                    ]
                     noise = _padded(self.draw_noise(keys), pad_to)
                     scores = self.denoise(conditioning, noise, num_inference_steps)
                     probabilities = scores_to_probabilities(scores)
@@ -281,13 +279,12 @@ class SDSegPipeline(DiffusionPipeline):
         tensor = to_device(torch.from_numpy(np.ascontiguousarray(images)), self.device).movedim(-1, 1)
         return tensor.to(input_dtype(self.unet, self.device)) / 127.5 - 1
 
-    def draw_noise(self, keys: Sequence[tuple[str | int, ...]]) -> torch.Tensor:
+    def draw_noise(self, keys: Sequence[NoiseKey]) -> torch.Tensor:
         """Draw the starting noise, (B, C, h, w) float32, one key per image; zeros if trained so."""
         shape = self.latent_shape()
         if self.config.noise == "zeros":
             return torch.zeros(len(keys), *shape, device=self.device)
-        drawn = [torch.randn(shape, generator=generator_for("noise", *key)) for key in keys]
-        return to_device(torch.stack(drawn), self.device)
+        return to_device(named_noise(keys, shape), self.device)
 
     def denoise(
         self, conditioning: Sequence[torch.Tensor], noise: torch.Tensor, num_inference_steps: int
@@ -385,6 +382,19 @@ def _padded(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """Add zeros along the first axis up to ``count``."""
     missing = count - len(tensor)
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
+
+
+def noise_keys(
+    case_ids: Sequence[str], slice_indices: Sequence[int], seed: int, samples: Sequence[int]
+) -> list[list[NoiseKey]]:
+    """Name the noise of every draw: a list for each of the sample indices, with a key for each image."""
+    images = list(zip(case_ids, slice_indices, strict=True))
+    return [[(seed, case, index, sample) for case, index in images] for sample in samples]
+
+
+def named_noise(keys: Sequence[NoiseKey], shape: Sequence[int]) -> torch.Tensor:
+    """Draw standard normal noise on the CPU, float32 (B, *shape): for each key always the same."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator_for("noise", *key)) for key in keys])
 
 
 def mirrored_axes(flips: Sequence[str]) -> list[tuple[int, ...]]:

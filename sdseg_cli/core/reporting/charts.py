@@ -10,15 +10,18 @@ import numpy as np
 
 CHART_WIDTH, CHART_HEIGHT = 440, 240
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 14, 14, 38
+TICK_CHARACTER, LABEL_CHARACTER = 7.5, 9.0  # width at most, in units of the drawing, of digits and of letters
 MOST_DOTS = 200  # of one row of a dot plot; beyond them bars tell more
 MOST_POINTS = 160  # of one curve: more cannot be told apart at this width
+TONES, DASHES = 7, 4  # of the style sheet; curves beyond the tones are dashed
 
 
 @dataclass(frozen=True)
 class Series:
     """One curve: ``x`` and ``y`` of equal length; values that are not finite are left out.
 
-    ``marks`` draws a dot at every value, ``line=False`` leaves the dots alone.
+    Curves of one name share a colour. ``marks`` draws a dot at every value, ``line=False`` leaves the dots
+    alone.
     """
 
     name: str
@@ -50,7 +53,7 @@ def line_chart(
     """Draw curves as SVG.
 
     Args:
-        series: at most three curves; each gets its own colour class.
+        series: the curves; see :func:`line_legend` where there are several.
         x_label, y_label: names of the axes.
         y_range: fixed limits; by default from 0 (or the least value) to the 98th percentile.
         description: what a reader who cannot see the chart is told.
@@ -63,22 +66,29 @@ def line_chart(
     low, high = y_range or (min(0.0, float(ys.min())), float(np.percentile(ys, 98)) * 1.05)
     axes = _Axes((float(xs.min()), float(xs.max())), (low, high))
     parts = [axes.draw(x_label, y_label)]
-    for index, (x, y) in enumerate(clean):
+    tones = dict(line_legend(series))
+    for one, (x, y) in zip(series, clean, strict=True):
         if not len(x):
             continue
-        one = series[index]
+        tone = tones[one.name]
         kept = _thinned(x, y) if one.line else (x, y)
         points = [(axes.x(a), axes.y(b)) for a, b in zip(*kept, strict=True)]
         if one.line:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-            parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
+            parts.append(f'<polyline class="curve {tone}" points="{path}"/>')
         if one.marks:
             style, radius = ("dot", 2.6) if one.line else ("dot alone", 4)
             parts += [
-                f'<circle class="{style} c{index}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>'
-                for a, b in points
+                f'<circle class="{style} {tone}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>' for a, b in points
             ]
     return _svg(parts, description)
+
+
+def line_legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
+    """Every name once, in order, with the style sheet's class of its curves: ``c2``, ``c2 d1``."""
+    names = dict.fromkeys(one.name for one in series)
+    tones = (f"c{index % TONES} d{index // TONES % DASHES}" for index in range(len(names)))
+    return tuple(zip(names, (tone.removesuffix(" d0") for tone in tones), strict=True))
 
 
 def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
@@ -118,7 +128,7 @@ def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
             parts.append(
                 f'<circle class="case {tone}" cx="{place(value):.1f}" cy="{middle + offset:.1f}" r="3"/>'
             )
-        label = f"{row.name}: {row.mean:.3f}" if math.isfinite(row.mean) else f"{row.name}: none"
+        score = f": {row.mean:.3f}" if math.isfinite(row.mean) else ": none"
         if math.isfinite(row.mean):
             if row.interval is not None and all(map(math.isfinite, row.interval)):
                 low, high = place(row.interval[0]), place(row.interval[1])
@@ -131,7 +141,9 @@ def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
             parts.append(
                 f'<line class="mean {tone}" x1="{at}" x2="{at}" y1="{middle - 18}" y2="{middle + 18}"/>'
             )
-        parts.append(f'<text class="label" x="{left}" y="{middle - 26}">{_escape(label)}</text>')
+        name = _shortened(row.name, int(inner / LABEL_CHARACTER) - len(score))
+        full = "" if name == row.name else f"<title>{_escape(row.name)}</title>"
+        parts.append(f'<text class="label" x="{left}" y="{middle - 26}">{full}{_escape(name + score)}</text>')
     return _svg(parts, description, height)
 
 
@@ -207,9 +219,10 @@ class _Axes:
                 f'<text class="tick" x="{MARGIN_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>'
             )
         for tick in _ticks(self.x_low, self.x_high):
-            at = self.x(tick)
+            text = f"{tick:g}"
+            at = min(self.x(tick), CHART_WIDTH - TICK_CHARACTER * len(text) / 2)  # the last one is not cut
             parts.append(
-                f'<text class="tick" x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>'
+                f'<text class="tick" x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>'
             )
         middle = (MARGIN_LEFT + right) / 2
         parts.append(
@@ -264,6 +277,10 @@ def _empty_chart(description: str) -> str:
         f'<text class="axis" x="{CHART_WIDTH / 2}" y="{CHART_HEIGHT / 2}" text-anchor="middle">no data</text>'
     )
     return _svg([text], description)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _escape(text: str) -> str:

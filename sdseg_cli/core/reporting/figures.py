@@ -1,10 +1,9 @@
-"""Figures of a run and of its scores, drawn by matplotlib without a screen and without its global state."""
+"""Figures of runs, drawn by matplotlib without a screen and without its global state."""
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sdseg_cli.core.files import write_whole
+from sdseg_cli.core.reporting.curves import Convergence, Metrics, series
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7a7f87"
 # Told apart by people who see few colours (Okabe and Ito 2008); beyond them the line style changes.
@@ -23,8 +24,8 @@ COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 
 
-def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss, validation Dice, learning rate and speed against the optimiser step.
+def training_curves(metrics: Metrics, path: Path) -> None:
+    """Draw loss, validation Dice, learning rate and speed against the optimizer step.
 
     Args:
         metrics: records as in `metrics.jsonl`, each with "step" and any of "loss", "validation_dice",
@@ -34,7 +35,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     (loss_axes, dice_axes), (rate_axes, speed_axes) = figure.subplots(2, 2, sharex=True)
 
-    steps, losses = _series(metrics, "loss")
+    steps, losses = series(metrics, "loss")
     _prepare(loss_axes, "training loss", empty=not len(steps))
     if len(steps):
         smooth = _smoothed(losses)
@@ -43,7 +44,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         if losses.min() > 0 and losses.max() > 20 * losses.min():
             loss_axes.set_yscale("log")
 
-    steps, dices = _series(metrics, "validation_dice")
+    steps, dices = series(metrics, "validation_dice")
     _prepare(dice_axes, "validation Dice", empty=not len(steps))
     if len(steps):
         best = int(np.argmax(dices))
@@ -57,101 +58,47 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         (rate_axes, "learning_rate", "learning rate", GREY),
         (speed_axes, "samples_per_second", "speed, samples/s", GREY),
     ):
-        steps, values = _series(metrics, key)
+        steps, values = series(metrics, key)
         _prepare(axes, title, empty=not len(steps))
         if len(steps):
             axes.plot(steps, values, color=colour, linewidth=1.4)
             axes.set_ylim(0, max(1.1 * values.max(), 1e-12))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _save(figure, path)
 
 
-def convergence_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Draw the validation Dice of several methods, against the optimiser step and against the time trained.
+def convergence_curves(curves: Sequence[Convergence], path: Path) -> None:
+    """Draw the validation Dice of several methods, against the optimizer step and against the time trained.
 
     Args:
-        runs: method -> the records of ``metrics.jsonl`` of each of its runs; one colour a method.
+        curves: one of each run; those of one method share a colour.
         path: file to write, its suffix says the format; an older one is replaced.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    drawn = False
-    for index, (name, curves) in enumerate(runs.items()):
+    lines: dict[str, Line2D] = {}  # the first of each method, for the legend
+    for curve in curves:
+        index = list(lines).index(curve.method) if curve.method in lines else len(lines)
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
         }
-        for number, metrics in enumerate(curves):
-            steps, dices = _series(metrics, "validation_dice")
-            if not len(steps):
-                continue
-            drawn = True
-            label = name if number == 0 else None
-            by_step.plot(steps, dices, marker="o", markersize=2.5, linewidth=1.4, label=label, **style)
-            known, seconds = _series(metrics, "seconds")
-            if len(known):
-                minutes = np.interp(steps, known, seconds) / 60
-                by_time.plot(minutes, dices, marker="o", markersize=2.5, linewidth=1.4, **style)
-    for axes, x_label in ((by_step, "optimiser step"), (by_time, "minutes trained")):
-        _prepare(axes, "validation Dice", empty=not drawn)
+        (line,) = by_step.plot(curve.steps, curve.dices, marker="o", markersize=2.5, linewidth=1.4, **style)
+        lines.setdefault(curve.method, line)
+        if curve.minutes is not None:
+            by_time.plot(curve.minutes, curve.dices, marker="o", markersize=2.5, linewidth=1.4, **style)
+    for axes, x_label in ((by_step, "optimizer step"), (by_time, "minutes trained")):
+        _prepare(axes, "validation Dice", empty=not curves)
         axes.set_xlabel(x_label)
         axes.set_xlim(left=0)
-    if drawn:
-        figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False, fontsize=9)
+    if curves:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(4, len(lines))}
+        legend = figure.legend([*lines.values()], [*lines], frameon=False, fontsize=9, **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar sign in a name is one
     _save(figure, path)
-
-
-def dice_histogram(scores: Mapping[str, Sequence[float]], path: Path, *, name: str = "Dice") -> None:
-    """Draw how the scores of the cases are distributed: one row per class, one dot per case.
-
-    Args:
-        scores: the cases' scores of each class, [0, 1]; NaN (the class is absent) is left out and counted.
-        path: file to write, its suffix says the format; an older one is replaced.
-        name: what the scores are, for the axis.
-    """
-    rows = max(1, len(scores))
-    figure = Figure(figsize=(7.5, 1.1 + 1.15 * rows), layout="constrained")
-    all_axes = np.atleast_1d(figure.subplots(rows, 1, sharex=True))
-    bins = np.linspace(0, 1, 41)
-    for axes, (title, values) in zip(all_axes, scores.items(), strict=False):
-        given = np.asarray(values, float)
-        shown = given[np.isfinite(given)]
-        axes.set_yticks([])
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        if len(shown):
-            counts, _, _ = axes.hist(
-                shown, bins=bins, color=BLUE, alpha=0.55, edgecolor="white", linewidth=0.5
-            )
-            height = float(np.max(counts))
-            # One tick per case below the bars: few cases must not look like a distribution.
-            axes.plot(shown, np.full(len(shown), -0.12 * height), "|", color=BLUE, markersize=7, alpha=0.7)
-            axes.axvline(shown.mean(), color=ORANGE, linewidth=1.6)
-            axes.axvline(float(np.median(shown)), color=GREEN, linewidth=1.6, linestyle="--")
-            axes.set_ylim(-0.26 * height, 1.1 * height)
-            note = f"mean {shown.mean():.3f}   median {np.median(shown):.3f}   n = {len(shown)}"
-        else:
-            note = "no case"
-        if len(given) > len(shown):
-            note += f"   absent {len(given) - len(shown)}"
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_title(note, loc="right", fontsize=9, color=GREY)
-    all_axes[-1].set_xlim(-0.01, 1.01)
-    all_axes[-1].set_xlabel(f"{name} of a case (line: mean, dashes: median)")
-    _save(figure, path)
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have a finite value for ``key``, in the order of the steps."""
-    pairs = sorted(
-        (float(record["step"]), float(record[key]))
-        for record in metrics
-        if record.get(key) is not None and record.get("step") is not None and math.isfinite(record[key])
-    )
-    array = np.array(pairs, float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -95,11 +95,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with a title and one sentence on what it shows."""
+    """A drawing with a title and one sentence on what it shows.
+
+    ``legend`` tells its curves apart: names with classes of the style sheet, as ``charts.line_legend`` gives.
+    """
 
     title: str
     caption: str
     svg: str
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,11 @@ class Page:
     legend: tuple[tuple[str, str], ...] = ()
     charts: tuple[Chart, ...] = ()
     charts_title: str = "Curves"
+    convergence: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     cases: CaseTable | None = None
     facts: tuple[tuple[str, str], ...] = ()
-    recipe: str = ""
+    recipes: tuple[tuple[str, str], ...] = ()  # (of what, YAML); the former is empty where only one can be
     footer: str = ""
 
 
