@@ -6,12 +6,14 @@ several processes only the main one speaks, errors excepted. Nothing here import
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 from rich import box
@@ -299,8 +301,17 @@ class _Megabytes(ProgressColumn):
 class TrainingProgress:
     """The line of a training: step, loss, validation Dice, images a second, memory, time left."""
 
-    def __init__(self, total: int, start: int, bar: Progress | None, *, silent: bool = False) -> None:
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        bar: Progress | None,
+        *,
+        ends: float = math.inf,
+        silent: bool = False,
+    ) -> None:
         self.total = total
+        self._ends = ends
         self._bar = bar
         self._task = bar.add_task("", total=total, completed=start, facts="") if bar else None
         self._facts: dict[str, str] = {}
@@ -352,23 +363,50 @@ class TrainingProgress:
         began, start = self._started
         if step <= start or step >= self.total:
             return ""
-        seconds = int((time.monotonic() - began) / (step - start) * (self.total - step))
-        return f"  {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        at_this_pace = (time.monotonic() - began) / (step - start) * (self.total - step)
+        return f"  {_clock(at_this_pace, self._ends)} left"
+
+
+class _TimeLeft(ProgressColumn):
+    max_refresh = 0.5
+
+    def __init__(self, ends: float) -> None:
+        super().__init__()
+        self._ends = ends
+
+    def render(self, task: Task) -> Text:
+        left = math.inf if task.time_remaining is None else task.time_remaining
+        return Text(_clock(left, self._ends), style="progress.remaining")
+
+
+def _clock(seconds: float, ends: float) -> str:
+    """Hours, minutes and seconds that are left, at most until ``ends`` of the monotonic clock."""
+    seconds = min(seconds, max(0.0, ends - time.monotonic()))
+    return "-:--:--" if math.isinf(seconds) else str(timedelta(seconds=int(seconds)))
 
 
 @contextmanager
-def training_progress(total: int, *, start: int = 0) -> Iterator[TrainingProgress]:
-    """Show a training of ``total`` optimizer steps, of which ``start`` are done already."""
+def training_progress(
+    total: int, *, start: int = 0, seconds: float | None = None
+) -> Iterator[TrainingProgress]:
+    """Show a training of ``total`` optimizer steps, of which ``start`` are done already.
+
+    Args:
+        total: optimizer steps.
+        start: how many of them are done.
+        seconds: after which it ends at the latest; None if it may take as long as it takes.
+    """
+    ends = math.inf if seconds is None else time.monotonic() + seconds
     if not is_main_process():
         yield TrainingProgress(total, start, None, silent=True)
     elif not console.is_terminal:
-        yield TrainingProgress(total, start, None)
+        yield TrainingProgress(total, start, None, ends=ends)
     else:
         columns = (
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}", markup=False),
-            TimeRemainingColumn(compact=True),
+            _TimeLeft(ends),
         )
         with Progress(*columns, console=console, expand=True) as bar:
             yield TrainingProgress(total, start, bar)

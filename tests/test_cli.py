@@ -316,6 +316,17 @@ def test_progress_in_a_pipe_is_a_line_at_the_end(capsys):
     assert capsys.readouterr().err == "preparing: 3/3 cases\n"
 
 
+def test_the_time_left_of_a_training_ends_with_its_time_limit(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    for limit, expected in ((None, "1:30:00"), (7200.0, "1:30:00"), (900.0, "0:05:00"), (300.0, "0:00:00")):
+        now[0] = 100.0
+        with console.training_progress(1000, seconds=limit) as line:
+            now[0] += 600  # a tenth of the steps
+            line.update(100, dice=0.5)
+        assert capsys.readouterr().err == f"step 100/1,000  Dice 0.500  {expected} left\n"
+
+
 def test_training_progress_in_a_pipe_tells_each_validation_and_the_end(capsys):
     with console.training_progress(1000, start=500) as line:
         line.update(501, loss=0.5, samples_per_second=95.04, memory_gib=3.21)

@@ -245,7 +245,8 @@ def _show(records: object, recipe: Recipe) -> Finished:
     if (warning := slow_on_cpu(recipe, started.device, started.steps - started.first_step)) is not None:
         console.warn(warning)
     finished: Finished | None = None
-    with console.training_progress(started.steps, start=started.first_step) as bar:
+    ends_in = started.seconds_left
+    with console.training_progress(started.steps, start=started.first_step, seconds=ends_in) as bar:
         for record in stream:
             if isinstance(record, StepRecord):
                 bar.update(

@@ -164,6 +164,7 @@ class Training:
             self.processes.count,
             self.progress.latent_scale,
             remark,
+            settings.max_minutes * 60 - self._seconds() if settings.max_minutes > 0 else None,
         )
         reason = "steps"
         for step, parts in self._steps():

@@ -8,7 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Started:
-    """The training begins; ``first_step`` > 0 for a resumed run, ``remark`` says what is inexact about it."""
+    """The training begins; ``first_step`` > 0 for a resumed run, ``remark`` says what is inexact about it.
+
+    ``seconds_left`` are those until ``train.max_minutes`` end it, None where there is no such limit.
+    """
 
     first_step: int
     steps: int
@@ -17,6 +20,7 @@ class Started:
     processes: int
     latent_scale: float
     remark: str = ""
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
