@@ -190,7 +190,7 @@ def _distil(
     from sdseg_cli.core.files import whole_folder
     from sdseg_cli.core.manifest import made_with, write_manifest
 
-    asked = ask_teacher(teacher, masks, device=device)
+    asked = ask_teacher(teacher, masks, seed=settings["seed"], device=device)
     answers = list(console.progress(asked, len(masks), "asking the full decoder", unit="masks"))
     latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
     answers.clear()

@@ -129,7 +129,7 @@ def find_decoder(options: argparse.Namespace, teacher: AutoencoderKL, masks: lis
     """Load a decoder that ``sdseg autoencoder --distill`` made, or train one here."""
     if options.decoder is not None:
         return MaskDecoder.from_pretrained(options.decoder).eval()
-    answers = list(ask_teacher(teacher, masks[: options.taught], device=CPU))
+    answers = list(ask_teacher(teacher, masks[: options.taught], seed=0, device=CPU))
     latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
     torch.manual_seed(0)
     decoder = make_mask_decoder(teacher, latents)

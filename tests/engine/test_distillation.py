@@ -11,7 +11,7 @@ from sdseg_cli.core.engine.distillation import agreement, ask_teacher, make_mask
 from sdseg_cli.core.engine.inference import load_predictor
 from sdseg_cli.core.errors import ModelError, UsageError
 from sdseg_cli.core.model.image_encoder import KLImageEncoder
-from sdseg_cli.core.model.latents import decode_latents, decode_logits, spatial_factor
+from sdseg_cli.core.model.latents import decode_latents, decode_logits, posterior, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
 from sdseg_cli.core.model.pipeline import SDSegPipeline
@@ -70,7 +70,8 @@ def test_it_learns_what_the_full_decoder_makes_of_the_latents_of_masks():
     teacher = small_kl()
     with torch.no_grad():  # one whose answers are no mask that it was given, as an untrained one's are not
         teacher.decoder.conv_out.weight.mul_(20)
-    latents, wanted = (torch.stack(c) for c in zip(*ask_teacher(teacher, masks, device=CPU), strict=True))
+    answers = ask_teacher(teacher, masks, seed=0, device=CPU)
+    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
     assert latents.shape == (24, 4, 4, 4)
     assert (wanted.shape, wanted.dtype) == ((24, 32, 32), torch.float16)
     decoder = make_mask_decoder(teacher, latents, (16, 32))
@@ -81,6 +82,24 @@ def test_it_learns_what_the_full_decoder_makes_of_the_latents_of_masks():
     with_full, with_truth = (scores.mean() for scores in agreement(decoder, teacher, masks, device=CPU))
     assert with_full > before + 0.1
     assert with_full > with_truth + 0.1
+
+
+def test_every_second_latent_it_learns_from_is_exact_and_the_others_lie_between_masks_with_noise():
+    masks, teacher = squares(10), small_kl()
+    latents, wanted = zip(*ask_teacher(teacher, masks, seed=3, device=CPU), strict=True)
+    exact = posterior(teacher, torch.from_numpy(np.stack(masks)).float().unsqueeze(1)).mode()
+    for index, (latent, said) in enumerate(zip(latents, wanted, strict=True)):
+        assert torch.allclose(latent, exact[index], atol=1e-5) is (index % 2 == 0)
+        decoded = decode_latents(teacher, latent.unsqueeze(0), scale=1.0)[0, 0]
+        assert torch.allclose(said.float(), decoded, atol=2e-3)  # what the full decoder says of this very one
+    quiet, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU, max_latent_noise=0), strict=True)
+    low, high = exact[:4].amin(dim=0) - 1e-5, exact[:4].amax(dim=0) + 1e-5
+    assert all(bool(((latent >= low) & (latent <= high)).all()) for latent in quiet[1:4:2])
+    assert not torch.equal(quiet[1], latents[1])
+    again, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU), strict=True)
+    other, _ = zip(*ask_teacher(teacher, masks, seed=4, device=CPU), strict=True)
+    assert torch.equal(torch.stack(again), torch.stack(latents))
+    assert not torch.equal(other[1], latents[1])
 
 
 def test_the_command_makes_a_decoder_that_a_prediction_can_use(small, model):

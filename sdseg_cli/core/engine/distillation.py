@@ -20,25 +20,48 @@ _CHUNK = 4  # masks at a time through the KL autoencoder: these take about 1 GiB
 
 @torch.no_grad()
 def ask_teacher(
-    autoencoder: AutoencoderKL, masks: Sequence[np.ndarray], *, device: torch.device
+    autoencoder: AutoencoderKL,
+    masks: Sequence[np.ndarray],
+    *,
+    seed: int,
+    device: torch.device,
+    max_latent_noise: float = 0.5,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Encode masks and decode them again, with the full decoder.
+
+    Every second latent is an exact one. The others are what a denoiser that is not sure may say: something
+    between the latents of several masks, and noise. A decoder that was taught exact ones alone parts from the
+    full one on a model's predictions.
 
     Args:
         autoencoder: frozen, on ``device``.
         masks: (S, S) each, values in {0, 1}.
+        seed: names the mixtures and the noise.
         device: where to compute.
+        max_latent_noise: noise on every second latent, at most, in the standard deviations of latents.
 
     Yields:
-        For each mask, on the CPU: its unscaled mean latent, float32 (C, S/8, S/8), and what the full decoder
-        makes of that, float16 (S, S), probabilities. What a small decoder should say is this and not the
-        mask: the two differ where the autoencoder does not reproduce it.
+        For each mask, on the CPU: an unscaled latent, float32 (C, S/8, S/8), and what the full decoder makes
+        of that, float16 (S, S), probabilities. What a small decoder should say is this and not the mask: the
+        two differ where the autoencoder does not reproduce it.
     """
     for start in range(0, len(masks), _CHUNK):
         chunk = torch.from_numpy(np.stack(masks[start : start + _CHUNK])).float().unsqueeze(1)
         latents = posterior(autoencoder, chunk.to(device)).mode()
+        generator = generator_for("distillation", "latents", seed, start)
+        latents[1::2] = _unsure(latents.cpu().float(), generator, max_latent_noise)[1::2].to(latents)
         decoded = decode_latents(autoencoder, latents, scale=1.0)[:, 0]
         yield from zip(latents.float().cpu(), decoded.half().cpu(), strict=True)
+
+
+def _unsure(latents: torch.Tensor, generator: torch.Generator, max_noise: float) -> torch.Tensor:
+    """Means of the latents (N, C, h, w), each with weights of its own from a flat Dirichlet, and noise."""
+    count = len(latents)
+    weights = -torch.rand(count, count, generator=generator).clamp(min=1e-7).log()
+    weights /= weights.sum(dim=1, keepdim=True)
+    mixed = torch.einsum("mn,nchw->mchw", weights, latents)
+    level = max_noise * torch.rand(count, 1, 1, 1, generator=generator)
+    return mixed + level * latents.std() * torch.randn(latents.shape, generator=generator)
 
 
 def make_mask_decoder(
@@ -65,13 +88,12 @@ def train_mask_decoder(
     seed: int,
     device: torch.device,
     report_every: int = 50,
-    max_latent_noise: float = 0.5,
 ) -> Iterator[AutoencoderStep]:
     """Train in place; an unread iterator trains nothing.
 
     Args:
         decoder: already on ``device``.
-        latents: float32, (N, C, h, w), of masks, see :func:`ask_teacher`.
+        latents: float32, (N, C, h, w), exact and mixed ones, see :func:`ask_teacher`.
         wanted: float16, (N, S, S), probabilities: what the full decoder says of these latents.
         steps: optimizer steps.
         batch_size: masks per step.
@@ -79,15 +101,12 @@ def train_mask_decoder(
         seed: names every random draw.
         device: where to train.
         report_every: steps between two reports.
-        max_latent_noise: noise on the latents, at most, in their standard deviations: what a denoiser says
-            is no exact latent.
 
     Yields:
         A report every ``report_every`` steps and after the last one.
     """
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=1e-4)
     decoder.train()
-    spread = decoder.config["latent_std"] * max_latent_noise
     losses: list[float] = []
     started = time.monotonic()
     for step in range(1, steps + 1):
@@ -97,11 +116,7 @@ def train_mask_decoder(
         generator = generator_for("distillation", seed, step)
         chosen = torch.randint(len(latents), (batch_size,), generator=generator)
         target = wanted[chosen].float().unsqueeze(1).to(device)
-        given = latents[chosen]
-        # Half of the latents stay exact: agreement with the full decoder is asked for there.
-        level = (torch.rand(batch_size, 1, 1, 1, generator=generator) * 2 - 1).clamp(min=0)
-        given = given + level * spread * torch.randn(given.shape, generator=generator)
-        loss = mask_loss(decoder.decode_logits(given.to(device)), target)
+        loss = mask_loss(decoder.decode_logits(latents[chosen].to(device)), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
