@@ -720,15 +720,36 @@ def test_two_segmentations_are_scored_on_the_smallest_grid_that_holds_both(segme
     assert record.classes[0].dice == pytest.approx(2 * shared / ((labels == 1).sum() + (other == 1).sum()))
 
 
-def changed(seg: Path, name: str, *, frame: bool = False, spacing: bool = True, sources: bool = True) -> Path:
-    """The same DICOM-SEG in another frame of reference, without a slice spacing or its references."""
+def changed(
+    seg: Path,
+    name: str,
+    *,
+    frame: bool = False,
+    spacing: bool = True,
+    series: bool = True,
+    sources: bool = True,
+    shared: bool = True,
+) -> Path:
+    """The same DICOM-SEG in another frame of reference, or without what it may lack.
+
+    That is the distance between slices, the list of what it refers to, the references of its frames too, and
+    measures that all frames share.
+    """
     document = pydicom.dcmread(seg)
+    (groups,) = document.SharedFunctionalGroupsSequence
+    (measures,) = groups.PixelMeasuresSequence
     if frame:
         document.FrameOfReferenceUID = generate_uid()
     if not spacing:
-        del document.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
-    if not sources:
+        measures.SliceThickness = measures.SpacingBetweenSlices
+        del measures.SpacingBetweenSlices
+    if not shared:
+        for own in document.PerFrameFunctionalGroupsSequence:
+            own.PixelMeasuresSequence = groups.PixelMeasuresSequence
+        del groups.PixelMeasuresSequence
+    if not (series and sources):
         del document.ReferencedSeriesSequence
+    if not sources:
         for groups in document.PerFrameFunctionalGroupsSequence:
             del groups.DerivationImageSequence
     document.save_as(seg.with_name(name))
@@ -748,6 +769,16 @@ def test_places_in_two_frames_of_reference_are_compared_only_by_their_slices(seg
     np.testing.assert_array_equal(read_dicom_seg(tmp_path / "same.dcm", series), labels)
     with pytest.raises(DataError, match=r"unknown\.dcm: refers to no slices, and its FrameOfReference"):
         read_dicom_seg(unknown, series)
+    by_frames = changed(seg, "by frames.dcm", frame=True, series=False)
+    np.testing.assert_array_equal(read_dicom_seg(by_frames, series), labels)
+    read_volume_pair("case", seg, by_frames, 3)
+
+
+def test_a_segmentation_whose_frames_each_state_their_measures_is_scored(segmented, tmp_path) -> None:
+    seg, labels, geometry = segmented
+    write_label_volume(tmp_path / "truth.nii.gz", labels, geometry)
+    found = read_volume_pair("case", changed(seg, "own.dcm", shared=False), tmp_path / "truth.nii.gz", 3)
+    np.testing.assert_array_equal(found.prediction, found.ground_truth)
 
 
 @pytest.mark.parametrize("marked", [(0, 3), (0, 2, 3), (0, 2, 4), (1,)])
@@ -775,14 +806,18 @@ def test_a_segmentation_with_gaps_of_unstated_width_is_scored_on_the_grid_of_the
 
 
 @pytest.mark.faults
-def test_a_segmentation_of_other_slices_keeps_its_own_distance_between_them(segmented, tmp_path) -> None:
+@pytest.mark.parametrize("factor", [1.7, 0.5, 0.25])
+def test_a_segmentation_of_other_slices_keeps_its_own_distance_between_them(
+    factor: float, segmented, tmp_path: Path
+) -> None:
     seg, whole, geometry = segmented
-    coarse = VolumeGeometry(geometry.shape, geometry.affine @ np.diag([1, 1, 1.7, 1]))
-    write_label_volume(tmp_path / "coarse.nii.gz", whole, coarse)
+    affine = geometry.affine @ np.diag([1, 1, factor, 1])
+    other = np.repeat(whole, max(1, round(1 / factor)), axis=2)
+    write_label_volume(tmp_path / "other.nii.gz", other, VolumeGeometry(other.shape, affine))
     unstated = changed(seg, "unstated.dcm", spacing=False)
     with pytest.raises(DataError, match="do not lie voxel on voxel"):
-        read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3)
-    assert read_volume_pair("case", unstated, tmp_path / "coarse.nii.gz", 3, resample=True).prediction.any()
+        read_volume_pair("case", unstated, tmp_path / "other.nii.gz", 3)
+    assert read_volume_pair("case", unstated, tmp_path / "other.nii.gz", 3, resample=True).prediction.any()
 
 
 def test_a_block_of_a_grid_lies_on_it_along_every_axis() -> None:

@@ -167,9 +167,9 @@ class LoneDicomSeg:
                 path,
                 document,
                 _geometry(document),
-                "SpacingBetweenSlices" not in _shared_measures(document),
+                "SpacingBetweenSlices" not in (_shared_measures(document) or {"SpacingBetweenSlices"}),
                 str(document.get("FrameOfReferenceUID") or ""),
-                frozenset(str(uid) for _, _, uid in document.get_source_image_uids()),
+                _references(document),
             )
 
     def volume(self, *, num_classes: int = 256, scan: VolumeGeometry | None = None) -> Volume:
@@ -189,9 +189,12 @@ class LoneDicomSeg:
         with _readable(self.path):
             document, geometry = self.document, self.geometry
             if scan is not None and self.lacks_spacing:
-                spaced = _opened(self.path, _spacing_along(scan, _normal(document)))
-                if (found := _geometry(spaced)) is not None:
-                    document, geometry = spaced, found
+                distance = _spacing_along(scan, _normal(document))
+                # Thicker slices than that lie side by side without gaps, on a coarser grid than the scan's.
+                if _thickness(document) < 1.01 * distance:
+                    spaced = _opened(self.path, distance)
+                    if (found := _geometry(spaced)) is not None:
+                        document, geometry = spaced, found
             if geometry is None:
                 raise DataError(
                     f"{self.path}: cannot be read as a DICOM-SEG (its slices are unevenly spaced or shifted, "
@@ -266,11 +269,7 @@ def _plane_differences(document: Any, headers: Mapping[str, Any]) -> str:
     """What keeps a frame from lying on the slice it refers to; empty where all do."""
     for number, groups in enumerate(_groups(document), start=1):
         plane = _plane_of(document, groups)
-        uids = [
-            source.ReferencedSOPInstanceUID
-            for derivation in groups.get("DerivationImageSequence", ())
-            for source in derivation.get("SourceImageSequence", ())
-        ]
+        uids = _sources(groups)
         if not uids:
             return f"Frame {number} refers to no slice."
         for header in map(headers.__getitem__, uids):
@@ -289,10 +288,30 @@ def _groups(document: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _shared_measures(document: Any) -> Any:
-    """Where the distance between slices stands, if it does anywhere."""
+    """What says how far apart pixels and slices of all frames are; None where each frame has its own."""
     (shared,) = document.SharedFunctionalGroupsSequence
-    (measures,) = shared.PixelMeasuresSequence
-    return measures
+    return next(iter(shared.get("PixelMeasuresSequence") or ()), None)
+
+
+def _thickness(document: Any) -> float:
+    """Of the slices, in mm; 0 where it is not said."""
+    return float(_shared_measures(document).get("SliceThickness") or 0)
+
+
+def _references(document: Any) -> frozenset[str]:
+    """SOPInstanceUID of the slices that a segmentation or one of its frames refers to."""
+    return frozenset(str(uid) for _, _, uid in document.get_source_image_uids()).union(
+        *map(_sources, _groups(document))
+    )
+
+
+def _sources(groups: Mapping[str, Any]) -> list[str]:
+    """SOPInstanceUID of the slices that a frame refers to."""
+    return [
+        str(source.ReferencedSOPInstanceUID)
+        for derivation in groups.get("DerivationImageSequence", ())
+        for source in derivation.get("SourceImageSequence", ())
+    ]
 
 
 def _normal(document: Any) -> np.ndarray:
@@ -332,7 +351,7 @@ def _plane(
 
 def _refuse_other_slices(path: Path, document: Any, series: DicomSeries, slices: Sequence[str]) -> None:
     """A slice that a segmentation does not refer to counts as empty; it may refer to none of them."""
-    elsewhere = {uid for _, _, uid in document.get_source_image_uids()} - {*slices}
+    elsewhere = _references(document) - {*slices}
     if elsewhere:
         raise DataError(
             f"{path}: refers to {len(elsewhere)} slices that are not in series {series.name!r} of "
@@ -346,7 +365,7 @@ def _refuse_other_frame(path: Path, document: Any, series: DicomSeries, header: 
     Where it does refer to them, that binds it: another frame is then a slip of whoever wrote the tag.
     """
     frames = {str(each.get("FrameOfReferenceUID") or "") for each in (document, header)} - {""}
-    if len(frames) > 1 and not document.get_source_image_uids():
+    if len(frames) > 1 and not _references(document):
         raise DataError(
             f"{path}: refers to no slices, and its FrameOfReferenceUID is not that of series {series.name!r} "
             f"of {series.folder}, so that its place means nothing there. Give the segmentation of that "

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sdseg_cli.core.errors import DataError
 
@@ -46,7 +46,8 @@ def in_order(executor: ProcessPoolExecutor | None, jobs: Iterable[Callable[[], T
     ahead: deque[Future[T]] = deque()
     try:
         for job in jobs:
-            ahead.append(executor.submit(job))
+            with _signals_later():
+                ahead.append(executor.submit(job))
             if len(ahead) >= _AHEAD:
                 yield ahead.popleft().result()
         while ahead:
@@ -55,6 +56,27 @@ def in_order(executor: ProcessPoolExecutor | None, jobs: Iterable[Callable[[], T
         raise DataError(
             "a worker process ended unexpectedly, most likely for lack of memory. Try again with --workers 1."
         ) from error
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let signals that end a command wait until the block has ended.
+
+    Within it a worker may be started. Were that broken off, the worker would run and the pool not know of it,
+    and the command wait for it at its end.
+    """
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+            for number in _SIGNALS_OF_THE_PARENT:
+                before[number] = signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for blocked, handler in before.items():
+            signal.signal(blocked, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 class _Worker(SpawnProcess):
