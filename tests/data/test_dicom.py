@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -367,6 +368,8 @@ def test_a_class_that_the_model_does_not_have_cannot_be_coded(tmp_path: Path) ->
     told = "liver: the model has no class of this name, expected polyp; mend it or leave it out"
     with pytest.raises(UsageError, match=told):
         codes_of(("background", "polyp"), stated)
+    with pytest.raises(UsageError, match=r"--segment-codes: polyp: .*expected cup.*; liver: .*expected cup"):
+        codes_of(("background", "cup"), stated)
     with pytest.raises(UsageError, match=rf"codes\.yaml: line 2: {told}\."):
         read_segment_codes(tmp_path / "codes.yaml", ("background", "polyp"))
     with pytest.raises(UsageError, match="cannot be read"):
@@ -548,6 +551,27 @@ def test_a_series_has_the_same_checksum_wherever_it_is_recorded(tmp_path: Path) 
     (task,) = plan_predictions([images], tmp_path / "out", recursive=True)
     prepared = source_hashes(case)["images/a"]
     assert prepared == read_scan(task, None).sha256 == sum_of_files(paths)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_series_named_like_the_folder_of_another_hides_none(names: tuple[str, str], tmp_path: Path) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    write_series(images, description=names[0])
+    write_series(images / names[0], description=names[1])
+    labels, _ = label_volume(images / names[0])
+    geometry = read_series(only(images / names[0])).geometry
+    (masks / names[0]).mkdir(parents=True)
+    for path in (masks / f"{names[0]}.nii.gz", masks / names[0] / f"{names[1]}.nii.gz"):
+        write_label_volume(path, labels, geometry)
+    pairs = pair_folders(images, masks)
+    assert pairs.problems == ()
+    assert {case.case_id: case.series.folder for case in pairs.cases if case.series} == {
+        names[0]: images,
+        "__".join(names): images / names[0],
+    }
+    shutil.rmtree(masks / names[0])
+    (problem,) = pair_folders(images, masks).problems
+    assert problem.reason == f"image {'/'.join(names)} has no mask in {masks}"
 
 
 @pytest.mark.faults

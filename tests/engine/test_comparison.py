@@ -6,12 +6,14 @@ import pytest
 
 from sdseg_cli.core.engine.comparison import Costs, Method, ScoredRun, compare
 from sdseg_cli.core.engine.comparison_report import (
+    _convergence_charts,
     accuracy_records,
     case_records,
     comparison_tables,
     mean_costs,
 )
 from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.reporting.curves import Convergence
 
 
 def run(location, dices, *, classes=("polyp",), failed=None, unit="px", cases="abcdefgh", **changes):
@@ -175,3 +177,14 @@ def test_records_hold_every_method_class_and_metric():
         (name, metric) for name in ("x", "y") for metric in ("dice", "iou", "hd95", "assd", "nsd")
     }
     assert all(math.isnan(record["difference"]) for record in records if record["method"] == "x")
+
+
+def test_only_the_baseline_has_the_baselines_colour_among_the_curves():
+    curves = [Convergence(name, (1.0, 2.0), (0.4, 0.5), (1.0, 2.0)) for name in ("ours", "base")]
+    for baseline, expected in (
+        ("base", {"base": "c0", "ours": "c1"}),
+        ("masks", {"ours": "c1", "base": "c2"}),
+    ):
+        for chart in _convergence_charts(curves, baseline):
+            assert dict(chart.legend) == expected
+            assert ('class="curve c0"' in chart.svg) is (baseline == "base")

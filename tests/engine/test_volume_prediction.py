@@ -379,6 +379,15 @@ def test_a_model_of_three_channels_refuses_volumes_that_are_none(tmp_path):
     save(tmp_path / "a.nii.gz")
     with pytest.raises(UsageError, match=r"channels 0, 2, 3 of every.*CASE_0002.* Not one of the 1 .*a\.nii"):
         plan_predictions([tmp_path], tmp_path / "out", channels=[0, 2, 3])
+    (tmp_path / "series").mkdir()
+    save_series(tmp_path / "series", "A", 3)
+    with pytest.raises(
+        UsageError, match=r"Not one of the 1 .* Convert the DICOM series to volumes named so\.$"
+    ):
+        plan_predictions([tmp_path / "series"], tmp_path / "out", channels=[0, 2, 3])
+    (task,) = plan_predictions([tmp_path / "series"], tmp_path / "out", channels=[1])
+    (record,) = predict_files([task], BrightIsForeground(channels=[0, 2, 3]))
+    assert record.error.endswith("Convert the series to volumes named so, or leave it out.")
     tasks = plan_predictions([tmp_path], tmp_path / "out", channels=[1])
     (record,) = predict_files(tasks, BrightIsForeground(channels=[0, 2, 3]))
     assert (record.status, record.case_id) == ("failed", "a")

@@ -152,11 +152,14 @@ def codes_of(classes: Sequence[str], stated: Mapping[str, SegmentCode]) -> dict[
     Raises:
         UsageError: a class is stated that the model does not have.
     """
+    mistakes = []
     for name in stated:
         try:
             _refuse_unknown(name, classes)
         except ValueError as error:
-            raise UsageError(f"--segment-codes: {name}: {error}.") from error
+            mistakes.append(f"{name}: {error}")
+    if mistakes:
+        raise UsageError(f"--segment-codes: {'; '.join(mistakes)}.")
     return {name: stated.get(name) or segment_code(name) for name in classes[1:]}
 
 

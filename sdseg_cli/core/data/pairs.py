@@ -141,13 +141,13 @@ def _find_series(
     members: dict[Path, list[Path]] = {}
     for path in visible_files(images, recursive=True):
         members.setdefault(path.parent, []).append(path)
-    for folder, files in members.items():
+    for folder, files in sorted(members.items()):  # parents first: their series may be named like a folder
         inside = find_series(files)
         strays += inside.strays
         for one in inside.series:
             path = folder / one.name
             is_alone = len(inside.series) == 1 and folder != images
-            if is_alone and _normal(_name(path, images)) not in stems:
+            if is_alone and folder not in found and _normal(_name(path, images)) not in stems:
                 path = folder
             found[path] = one
     return found, strays

@@ -75,8 +75,8 @@ def _signals_later() -> Iterator[None]:
     finally:
         for blocked, handler in before.items():
             signal.signal(blocked, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for each in came:
+        signal.raise_signal(each)
 
 
 class _Worker(SpawnProcess):

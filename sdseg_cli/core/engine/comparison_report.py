@@ -305,6 +305,8 @@ def _convergence_charts(curves: Sequence[Convergence], baseline: str) -> tuple[C
     by_time = [  # those without a time keep their place, and so their colours
         Series(one.method, one.minutes or (), one.dices if one.minutes else (), marks=True) for one in ordered
     ]
+    if baseline not in {one.method for one in curves}:  # masks or scores: its colour is no other's here
+        by_step, by_time = ([Series(baseline, (), ()), *lines] for lines in (by_step, by_time))
     lowest = min((min(one.dices) for one in curves), default=0.0)
     highest = max((max(one.dices) for one in curves), default=1.0)
     return tuple(

@@ -378,9 +378,11 @@ def _joined_channels(found: Sequence[_Found], channels: Sequence[int]) -> list[_
             files = tuple(case.with_name(f"{case.name}_{number:04d}{suffix}") for number in channels)
             joined.append(replace(one, bare=one.bare.with_name(case.name), channels=files))
     if joined and all(one.is_volume and not one.channels for one in joined):
+        are_series = any(one.series is not None for one in joined)
         raise UsageError(
             f"{expected_channels(channels)} Not one of the {len(joined)} volumes is named so (first: "
-            f"{readable(joined[0].relative)}). Rename them."
+            f"{readable(joined[0].relative)}). "
+            + ("Convert the DICOM series to volumes named so." if are_series else "Rename them.")
         )
     return joined
 

@@ -43,8 +43,9 @@ def read_scan(task: PredictionTask, nan_fill: float | None, channels: Sequence[i
         OSError: a file cannot be opened.
     """
     if len(set(channels)) > 1 and not task.channels:
+        remedy = "Rename it" if task.series is None else "Convert the series to volumes named so"
         raise DataError(
-            f"is no channel of a case by its name. {expected_channels(channels)} Rename it, or leave it out."
+            f"is no channel of a case by its name. {expected_channels(channels)} {remedy}, or leave it out."
         )
     paths = task.channels or (task.path,)
     missing = [path.name for path in dict.fromkeys(paths) if task.channels and not path.is_file()]

@@ -85,10 +85,13 @@ def line_chart(
 
 
 def line_legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
-    """Every name once, in order, with the style sheet's class of its curves: ``c2``, ``c2 d1``."""
+    """Every name that is drawn, once, with the style sheet's class of its curves: ``c2``, ``c2 d1``."""
     names = dict.fromkeys(one.name for one in series)
     tones = (f"c{index % TONES} d{index // TONES % DASHES}" for index in range(len(names)))
-    return tuple(zip(names, (tone.removesuffix(" d0") for tone in tones), strict=True))
+    drawn = {one.name for one in series if len(one.x)}
+    return tuple(
+        (name, tone.removesuffix(" d0")) for name, tone in zip(names, tones, strict=True) if name in drawn
+    )
 
 
 def dot_plot(rows: Sequence[DotRow], *, x_label: str, description: str) -> str:
