@@ -25,26 +25,26 @@ from sdseg_cli.core.recipe import recipe_to_yaml
 
 PATIENT = {
     "PatientName": "Kowalczyk^Zofia",
-    "PatientID": "PID-4711-0815",
+    "PatientID": "PID-4711-081599",
     "PatientBirthDate": "19610203",
     "StudyDescription": "Follow-up of Zofia K.",
     "AccessionNumber": "ACC998877",
     "ReferringPhysicianName": "Brzeczyszczykiewicz^Grzegorz",
     "InstitutionName": "Szpital Wojewodzki",
     "PatientAddress": "ul. Lipowa 7",
-    "OtherPatientIDs": "OTHER-31337",
+    "OtherPatientIDs": "OTHER-3133731337",
 }
 WORDS = (
     "kowalczyk",
     "zofia",
-    "4711",
+    "081599",  # longer ones: a checksum may hold four digits by chance
     "19610203",
     "follow-up",
     "998877",
     "brzecz",
     "szpital",
     "lipowa",
-    "31337",
+    "3133731337",
 )
 
 
