@@ -94,10 +94,7 @@ def test_every_second_latent_it_learns_from_is_exact_and_the_others_lie_between_
         assert torch.allclose(said.float(), decoded, atol=2e-3)  # what the full decoder says of this very one
     quiet, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU, max_latent_noise=0), strict=True)
     low, high = exact[:4].amin(dim=0) - 1e-5, exact[:4].amax(dim=0) + 1e-5
-    assert bool(((quiet[3] >= low) & (quiet[3] <= high)).all())  # a mean of all four
-    # and the second one of moved copies of itself
-    assert float((quiet[1].mean(dim=(1, 2)) - exact[1].mean(dim=(1, 2))).abs().max()) < 1e-5
-    assert quiet[1].std() < exact[1].std()
+    assert all(bool(((latent >= low) & (latent <= high)).all()) for latent in quiet[1:4:2])
     assert not torch.equal(quiet[1], latents[1])
     again, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU), strict=True)
     other, _ = zip(*ask_teacher(teacher, masks, seed=4, device=CPU), strict=True)

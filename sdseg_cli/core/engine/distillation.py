@@ -49,36 +49,19 @@ def ask_teacher(
         chunk = torch.from_numpy(np.stack(masks[start : start + _CHUNK])).float().unsqueeze(1)
         latents = posterior(autoencoder, chunk.to(device)).mode()
         generator = generator_for("distillation", "latents", seed, start)
-        exact = latents.cpu().float()
-        latents[1::2] = _unsure(exact, generator, max_latent_noise)[1::2].to(latents)
+        latents[1::2] = _unsure(latents.cpu().float(), generator, max_latent_noise)[1::2].to(latents)
         decoded = decode_latents(autoencoder, latents, scale=1.0)[:, 0]
         yield from zip(latents.float().cpu(), decoded.half().cpu(), strict=True)
 
 
 def _unsure(latents: torch.Tensor, generator: torch.Generator, max_noise: float) -> torch.Tensor:
-    """Means of latents (N, C, h, w) with weights from a flat Dirichlet, and noise of a random grain.
-
-    The second of four is a mean of moved copies of itself, as where an outline is in doubt; the others are
-    means of all.
-    """
-    count, _, height, width = latents.shape
-    reach = max(1, height // 8)
-    moves = torch.randint(-reach, reach + 1, (3, 2), generator=generator).tolist()
-    copies = torch.stack([latents, *(latents.roll(tuple(move), dims=(2, 3)) for move in moves)])
-    mixed = torch.einsum("mn,nchw->mchw", _dirichlet(count, count, generator), latents)
-    mixed[1::4] = torch.einsum("mk,kmchw->mchw", _dirichlet(count, len(copies), generator), copies)[1::4]
-    grain = 2 ** int(torch.randint(0, 3, (), generator=generator))
-    coarse = (*latents.shape[:2], -(-height // grain), -(-width // grain))
-    noise = torch.randn(coarse, generator=generator)
-    noise = noise.repeat_interleave(grain, 2).repeat_interleave(grain, 3)[..., :height, :width]
+    """Means of the latents (N, C, h, w), each with weights of its own from a flat Dirichlet, and noise."""
+    count = len(latents)
+    weights = -torch.rand(count, count, generator=generator).clamp(min=1e-7).log()
+    weights /= weights.sum(dim=1, keepdim=True)
+    mixed = torch.einsum("mn,nchw->mchw", weights, latents)
     level = max_noise * torch.rand(count, 1, 1, 1, generator=generator)
-    return mixed + level * latents.std() * noise
-
-
-def _dirichlet(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Weights that are at least 0, (rows, columns), those of a row uniform over all that sum to 1."""
-    weights = -torch.rand(rows, columns, generator=generator).clamp(min=1e-7).log()
-    return weights / weights.sum(dim=1, keepdim=True)
+    return mixed + level * latents.std() * torch.randn(latents.shape, generator=generator)
 
 
 def make_mask_decoder(
