@@ -163,11 +163,12 @@ class LoneDicomSeg:
         """
         with _readable(path):
             document = _opened(path)
+            measures = _shared_measures(document)
             return cls(
                 path,
                 document,
                 _geometry(document),
-                "SpacingBetweenSlices" not in (_shared_measures(document) or {"SpacingBetweenSlices"}),
+                measures is not None and "SpacingBetweenSlices" not in measures,
                 str(document.get("FrameOfReferenceUID") or ""),
                 _references(document),
             )
