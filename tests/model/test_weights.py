@@ -368,5 +368,5 @@ def test_a_model_that_the_hub_does_not_give_names_the_remedy(monkeypatch, status
         raise OSError("Cannot load model") from cause
 
     monkeypatch.setattr(weights, "snapshot_download", download)
-    with pytest.raises(ModelError, match=remedy):
+    with pytest.raises(ModelError, match=f"No folder nobody/nothing is here, so .* hub id.*{remedy}"):
         weights.load_pipeline("nobody/nothing")
