@@ -16,12 +16,13 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
 from sdseg_cli.core.data.dicom import find_series
-from sdseg_cli.core.engine.prediction import plan_predictions
+from sdseg_cli.core.engine.prediction_plan import plan_predictions
 from sdseg_cli.core.errors import ModelError
 from sdseg_cli.core.recipe import recipe_to_yaml
+from tests.dicom_slices import ct_slice
 
 PATIENT = {
     "PatientName": "Kowalczyk^Zofia",
@@ -138,26 +139,15 @@ def test_an_identifier_of_a_series_names_a_file_in_the_output_folder(uid, tmp_pa
 
 def write_series(folder: Path, **extra: str) -> None:
     folder.mkdir(parents=True)
-    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    series = {
+        "StudyInstanceUID": generate_uid(),
+        "SeriesInstanceUID": generate_uid(),
+        "FrameOfReferenceUID": generate_uid(),
+        "SeriesDescription": "thin",
+    }
     for k in range(4):
-        data = pydicom.Dataset()
-        data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-        data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = study, series, frame
-        data.PatientSex, data.StudyID, data.StudyDate, data.StudyTime = "", "1", "20200101", "120000"
-        data.Modality, data.SeriesDescription, data.PositionReferenceIndicator = "CT", "thin", ""
-        data.Manufacturer, data.Laterality, data.PatientPosition = "none", "", "HFS"
-        data.SeriesNumber, data.InstanceNumber = 1, k + 1
-        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 2.0 * k], [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [0.8, 0.6], 2.0
-        data.Rows, data.Columns, data.SamplesPerPixel = 40, 36, 1
-        data.PhotometricInterpretation, data.PixelRepresentation = "MONOCHROME2", 1
-        data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
-        for name, value in {**PATIENT, **extra}.items():
-            setattr(data, name, value)
-        data.PixelData = np.random.default_rng(k).integers(0, 900, (40, 36)).astype(np.int16).tobytes()
+        values = np.random.default_rng(k).integers(0, 900, (40, 36))
+        data = ct_slice(values, [0, 0, 2.0 * k], InstanceNumber=k + 1, **{**series, **PATIENT, **extra})
         data.save_as(folder / f"{k}.dcm", enforce_file_format=True)
 
 

@@ -38,19 +38,21 @@ from sdseg_cli.commands._signals import interruptible
 from sdseg_cli.core.engine.prediction import (
     SUMMARY_FILE,
     CasePrediction,
+    predict_files,
+    read_summary,
+    summary_lock,
+    summary_rows,
+    write_summary,
+)
+from sdseg_cli.core.engine.prediction_plan import (
     PredictionTask,
     Shard,
     plan_predictions,
-    predict_files,
     prepare_folder,
-    read_summary,
     readable,
     refuse_existing,
     remove_outputs,
     split_existing,
-    summary_lock,
-    summary_rows,
-    write_summary,
 )
 from sdseg_cli.core.errors import Interrupted, SdsegError, UsageError
 from sdseg_cli.core.files import REPORT_FILE

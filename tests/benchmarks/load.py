@@ -104,7 +104,8 @@ def phantoms(out: Path, cases: int) -> None:
 
 
 def predicted(given: Path, folder: Path) -> dict[str, Any]:
-    from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, prepare_folder
+    from sdseg_cli.core.engine.prediction import predict_files
+    from sdseg_cli.core.engine.prediction_plan import plan_predictions, prepare_folder
 
     network = predictor(folder)
     tasks = plan_predictions([given], folder / "masks")

@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom.pixels import pack_bits
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import RLELossless, generate_uid
 
 from sdseg_cli.core.data.benchmarks import BTCV_ORGANS
 from sdseg_cli.core.data.dicom import DicomSeries, find_series, read_series
@@ -43,6 +43,7 @@ from sdseg_cli.core.engine.scans import read_scan
 from sdseg_cli.core.engine.volume_evaluation import read_volume_pair
 from sdseg_cli.core.errors import DataError, UsageError
 from sdseg_cli.core.files import sum_of_files
+from tests.dicom_slices import ct_slice
 
 COLUMNS, ROWS, SLICES = 9, 7, 5
 DISTANCES = "expected more than 0 and less than 1,000,000 mm"
@@ -67,37 +68,26 @@ def write_series(
 ) -> list[Path]:
     """A CT series whose files are numbered against the order of the slices."""
     folder.mkdir(parents=True, exist_ok=True)
-    uid = uid or generate_uid()
-    study, frame = generate_uid(), generate_uid()
     angle = 0.3 if oblique else 0.0
     across = np.array([np.cos(angle), np.sin(angle), 0.0])
     down = np.array([-np.sin(angle) * np.cos(angle), np.cos(angle) ** 2, np.sin(angle)])
     down /= np.linalg.norm(down)
     normal = np.cross(across, down)
     step = thick * (normal + np.tan(np.radians(tilt_degrees)) * down)
+    series = {
+        "StudyInstanceUID": generate_uid(),
+        "SeriesInstanceUID": uid or generate_uid(),
+        "FrameOfReferenceUID": generate_uid(),
+        "SeriesDescription": description,
+        "ImageOrientationPatient": [float(f"{v:.12g}") for v in (*across, *down)],
+        "SliceThickness": 99.0,  # a lie on purpose
+        "RescaleSlope": 30,  # 2000 * 30 overflows 16 bits
+        "RescaleIntercept": -1024,
+    }
     paths = []
-    for k in range(count):
-        data = pydicom.Dataset()
-        data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-        data.PatientName, data.PatientID, data.PatientBirthDate, data.PatientSex = "Test^A", "7", "", ""
-        data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = study, uid, frame
-        data.StudyID, data.StudyDate, data.StudyTime, data.AccessionNumber = "1", "20200101", "120000", ""
-        data.ReferringPhysicianName, data.SeriesNumber, data.InstanceNumber = "", 1, count - k
-        data.Modality, data.SeriesDescription, data.PositionReferenceIndicator = "CT", description, ""
-        data.Manufacturer, data.Laterality, data.PatientPosition = "none", "", "HFS"
-        data.ImagePositionPatient = [float(f"{v:.9g}") for v in np.array([-50.5, -60.25, 10]) + k * step]
-        data.ImageOrientationPatient = [float(f"{v:.12g}") for v in (*across, *down)]
-        data.PixelSpacing, data.SliceThickness = [0.8, 0.6], 99.0  # the thickness is a lie on purpose
-        data.Rows, data.Columns, data.SamplesPerPixel = ROWS, COLUMNS, 1
-        data.PhotometricInterpretation, data.PixelRepresentation = "MONOCHROME2", 1
-        data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
-        data.RescaleSlope, data.RescaleIntercept = 30, -1024  # 2000 * 30 overflows 16 bits
-        data.PixelData = stored(count)[k].tobytes()
-        for name, value in extra.items():
-            setattr(data, name, value)
+    for k, values in enumerate(stored(count)):
+        position = [float(f"{v:.9g}") for v in np.array([-50.5, -60.25, 10]) + k * step]
+        data = ct_slice(values, position, **{"InstanceNumber": count - k, **series, **extra})
         path = folder / f"{prefix}{count - k:04d}.dcm"
         data.save_as(path, enforce_file_format=True)
         paths.append(path)

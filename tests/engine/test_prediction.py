@@ -19,15 +19,13 @@ from PIL import Image
 
 from sdseg_cli.core.data.images import read_image, read_label_map
 from sdseg_cli.core.engine import prediction
-from sdseg_cli.core.engine.prediction import (
-    CasePrediction,
+from sdseg_cli.core.engine.prediction import CasePrediction, predict_files, write_summary
+from sdseg_cli.core.engine.prediction_plan import (
     plan_predictions,
-    predict_files,
     prepare_folder,
     readable,
     refuse_existing,
     split_existing,
-    write_summary,
 )
 from sdseg_cli.core.errors import DataError, OutOfMemoryError, UsageError
 

@@ -17,15 +17,10 @@ from PIL import Image
 from sdseg_cli.core.data.raw_cases import Geometry
 from sdseg_cli.core.data.volume_pairs import read_volume_pair
 from sdseg_cli.core.data.volumes import VolumeGeometry, read_label_volume, write_label_volume
-from sdseg_cli.core.engine.prediction import (
-    plan_predictions,
-    predict_files,
-    read_summary,
-    remove_outputs,
-    write_summary,
-)
+from sdseg_cli.core.engine.prediction import predict_files, read_summary, write_summary
 from sdseg_cli.core.engine.prediction_page import prediction_page
 from sdseg_cli.core.engine.prediction_pictures import read_shown_case
+from sdseg_cli.core.engine.prediction_plan import plan_predictions, remove_outputs
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS
 from sdseg_cli.core.engine.volume_prediction import VolumeSettings
 from sdseg_cli.core.errors import ModelError, UsageError

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdseg_cli.core.data.images import write_png
 from sdseg_cli.core.data.phantom import make_phantom
-from sdseg_cli.core.engine.prediction import Shard, plan_predictions
+from sdseg_cli.core.engine.prediction_plan import Shard, plan_predictions
 from sdseg_cli.core.errors import UsageError
 from sdseg_cli.core.manifest import read_journal
 

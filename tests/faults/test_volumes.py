@@ -12,7 +12,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
+
+from tests.dicom_slices import ct_slice
 
 SHAPE = (24, 20, 6)
 WINDOW = ("--window", "0,1000")
@@ -285,24 +287,18 @@ def save_series(
 ) -> list[Path]:
     """A CT series of 2.5 mm, in the order of its slices; the files are numbered the other way round."""
     folder.mkdir(exist_ok=True)
-    uid, study = generate_uid(), generate_uid()
+    series = {
+        "StudyInstanceUID": generate_uid(),
+        "SeriesInstanceUID": generate_uid(),
+        "SeriesDescription": description,
+        "PixelSpacing": [0.8, 0.7],
+        "SliceThickness": 2.5,
+    }
     values = np.random.default_rng(0).integers(0, 200, (count, 20, 24)).astype(np.int16)
     values[1:-1, 4:12, 4:14] += 700
     paths = []
     for k in range(count):
-        data = pydicom.Dataset()
-        data.file_meta = pydicom.dataset.FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-        data.StudyInstanceUID, data.SeriesInstanceUID, data.Modality = study, uid, "CT"
-        data.SeriesDescription, data.InstanceNumber = description, count - k
-        data.ImagePositionPatient, data.ImageOrientationPatient = [-50, -60, 10 + 2.5 * k], [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [0.8, 0.7], 2.5
-        data.Rows, data.Columns, data.SamplesPerPixel = 20, 24, 1
-        data.PhotometricInterpretation, data.PixelRepresentation = "MONOCHROME2", 1
-        data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
-        data.PixelData = values[k].tobytes()
+        data = ct_slice(values[k], [-50, -60, 10 + 2.5 * k], InstanceNumber=count - k, **series)
         change(data, k)
         path = folder / f"{prefix}{count - k:04d}.dcm"
         data.save_as(path, enforce_file_format=True)

@@ -214,38 +214,27 @@ def dicom_seeds() -> list[Files]:
     """A series of three slices in several transfer syntaxes, JPEG lossless and JPEG 2000 among them."""
     import tempfile
 
-    import pydicom
     import SimpleITK as sitk
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+    from tests.dicom_slices import ct_slice
+
+    fields = {
+        "SeriesInstanceUID": "1.2.4",
+        "StudyInstanceUID": "1.2.5",
+        "FrameOfReferenceUID": "1.2.7",
+        "SeriesDescription": "CT thin",
+        "RescaleSlope": 2,
+        "RescaleIntercept": -1024,
+    }
     series: list[Files] = []
     for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless):
         files = {}
         for k in range(3):
-            data = pydicom.Dataset()
-            data.file_meta = pydicom.dataset.FileMetaDataset()
-            data.file_meta.TransferSyntaxUID = (
-                ImplicitVRLittleEndian if syntax.is_implicit_VR else (ExplicitVRLittleEndian)
-            )
-            data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-            data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{k + 1}"
-            data.PatientName, data.PatientID, data.Modality = "Test^A", "7", "CT"
-            data.SeriesInstanceUID, data.SeriesDescription, data.StudyInstanceUID = (
-                "1.2.4",
-                "CT thin",
-                "1.2.5",
-            )
-            data.PatientBirthDate = data.PatientSex = data.AccessionNumber = data.Laterality = ""
-            data.StudyID, data.StudyDate, data.StudyTime, data.SeriesNumber = "1", "20200101", "120000", 1
-            data.ReferringPhysicianName = data.PositionReferenceIndicator = data.Manufacturer = ""
-            data.FrameOfReferenceUID, data.PatientPosition = "1.2.7", "HFS"
-            data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 2.0 * k], [1, 0, 0, 0, 1, 0]
-            data.PixelSpacing, data.SliceThickness, data.InstanceNumber = [0.8, 0.6], 2.0, k + 1
-            data.Rows, data.Columns, data.SamplesPerPixel = 6, 7, 1
-            data.PhotometricInterpretation, data.PixelRepresentation = "MONOCHROME2", 1
-            data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
-            data.RescaleSlope, data.RescaleIntercept = 2, -1024
-            data.PixelData = _scan(np.int16).T[k].tobytes()
+            data = ct_slice(_scan(np.int16).T[k], [0, 0, 2.0 * k], InstanceNumber=k + 1, **fields)
+            data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
+            if syntax.is_implicit_VR:
+                data.file_meta.TransferSyntaxUID = syntax
             if syntax == RLELossless:
                 data.compress(RLELossless)
             buffer = io.BytesIO()
@@ -627,7 +616,8 @@ class Bright:
 
 def predict(given: Path, out: Path, *, mask_format: str = "same") -> str:
     """All of ``predict`` but the network; what failed, or ""."""
-    from sdseg_cli.core.engine.prediction import plan_predictions, predict_files, write_summary
+    from sdseg_cli.core.engine.prediction import predict_files, write_summary
+    from sdseg_cli.core.engine.prediction_plan import plan_predictions
 
     # Overlays take most of the time; one input in sixteen gets them.
     overlays = sum(path.stat().st_size for path in given.iterdir()) % 16 == 0

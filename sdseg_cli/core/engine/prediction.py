@@ -30,14 +30,8 @@ from sdseg_cli.core.data.images import (
 )
 from sdseg_cli.core.engine.prediction_plan import (
     PredictionTask,
-    Shard,
-    plan_predictions,
-    prepare_folder,
     probability_files,
     readable,
-    refuse_existing,
-    remove_outputs,
-    split_existing,
     unchanged,
 )
 from sdseg_cli.core.errors import DataError, Interrupted, SdsegError
@@ -48,23 +42,6 @@ from sdseg_cli.core.metrics.overlap import draw_agreement
 if TYPE_CHECKING:
     from sdseg_cli.core.engine.inference import Predictor, SliceInput, SlicePrediction
     from sdseg_cli.core.engine.volume_prediction import VolumeSettings
-
-__all__ = [
-    "SUMMARY_FILE",
-    "CasePrediction",
-    "PredictionTask",
-    "Shard",
-    "plan_predictions",
-    "predict_files",
-    "prepare_folder",
-    "readable",
-    "refuse_existing",
-    "remove_outputs",
-    "split_existing",
-    "summary_lock",
-    "summary_rows",
-    "write_summary",
-]
 
 Status = Literal["done", "skipped", "failed"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdseg_cli import __version__
-from sdseg_cli.core.engine.prediction import PredictionTask
 from sdseg_cli.core.engine.prediction_pictures import ShownCase, read_shown_case
+from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.engine.report_parts import (
     BEST,
     LEAST_BRIGHTEST,

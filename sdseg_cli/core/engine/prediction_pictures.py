@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdseg_cli.core.data.images import make_upright, read_image, read_label_map, read_orientation
 from sdseg_cli.core.data.volumes import read_label_volume, read_volume
-from sdseg_cli.core.engine.prediction import PredictionTask
+from sdseg_cli.core.engine.prediction_plan import PredictionTask
 from sdseg_cli.core.engine.report_parts import MOST_VIEWS, evenly, slice_view
 from sdseg_cli.core.engine.scans import ScanSlices, read_scan
 from sdseg_cli.core.engine.volume_prediction import VolumeSettings

@@ -440,12 +440,10 @@ def _hub_remedy(location: str, error: BaseException) -> str:
     while cause is not None and status is None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         cause = cause.__cause__ or cause.__context__
-    no_folder = f" No folder {location} is here, so it was taken for a hub id."
+    taken = f" No folder {location} is here, so it was taken for a hub id."
     if status in (401, 403, 404):
-        answered = f" The hub answered {status}: check the name, and for a private model the token (HF_TOKEN)."
-        return no_folder + answered
-    remedy = " Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or copy the model here and give its folder."
-    return no_folder + remedy
+        return f"{taken} The hub answered {status}: check it, and for a private model the token (HF_TOKEN)."
+    return f"{taken} Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or copy the model here."
 
 
 def replace_decoder(pipeline: SDSegPipeline, location: str) -> None:
