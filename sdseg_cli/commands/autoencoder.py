@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +10,14 @@ import typer
 
 from sdseg_cli import console
 from sdseg_cli.commands._options import Device, DeviceOption, JsonOption, OverwriteOption
+from sdseg_cli.core.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from sdseg_cli.core.data.prepared import PreparedDataset
 
+_SIZE = 256  # pixels, of generated masks
 _HELD_OUT_SEED = 1_000_003  # names masks that no training seed generates
 _HELD_OUT = 256
 
@@ -28,7 +30,16 @@ def autoencoder(
         float, typer.Option("--learning-rate", min=1e-7, max=0.1, help="Peak of the cosine schedule.")
     ] = 2e-3,
     masks: Annotated[int, typer.Option("--masks", min=16, help="Generated masks to train on.")] = 2000,
-    size: Annotated[int, typer.Option("--size", min=64, max=1024, help="Side of the generated masks.")] = 256,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            "--size",
+            min=64,
+            max=1024,
+            help="Side of the generated masks; default 256, or the side of a model's images.",
+            show_default=False,
+        ),
+    ] = None,
     crop: Annotated[int, typer.Option("--crop", min=32, help="Side of the crops trained on.")] = 128,
     data: Annotated[
         Path | None,
@@ -36,7 +47,8 @@ def autoencoder(
             "--data",
             metavar="DATASET",
             help="Prepared dataset whose train masks join the generated ones, and whose validation masks "
-            "are measured too. Its test split is never read.",
+            "are measured too. Its test split is never read. Default with a run to distill: what it was "
+            "trained on.",
             show_default=False,
         ),
     ] = None,
@@ -44,9 +56,10 @@ def autoencoder(
         str | None,
         typer.Option(
             "--distill",
-            metavar="KL",
-            help="Train a small decoder for this KL autoencoder (folder or hub id) instead: "
-            "sdseg predict --decoder uses it.",
+            metavar="MODEL|KL",
+            help="Train a small decoder instead, which sdseg predict --decoder uses: for a model on a KL "
+            "autoencoder (run, model folder or hub id), from what it predicts for the training images too; "
+            "or for the autoencoder alone (folder or hub id).",
             show_default=False,
         ),
     ] = None,
@@ -66,93 +79,60 @@ def autoencoder(
         sdseg autoencoder --out my-autoencoder
         sdseg autoencoder --out tubes --data data/vessels --steps 2000   # with your own masks
         sdseg train -r kseg-fast --set model.autoencoder=./my-autoencoder
-        sdseg autoencoder --distill models/sdseg-cvc/autoencoder --out small   # for a published model
+        sdseg autoencoder --distill models/sdseg-cvc --data data/cvc --out small   # for a published model
         sdseg predict scans/ --model models/sdseg-cvc --decoder small --out masks/
+        sdseg autoencoder --distill models/sdseg-cvc/autoencoder --out small       # without any data
     """
-    from sdseg_cli.core.errors import UsageError
-    from sdseg_cli.core.files import refuse_existing, whole_folder
-    from sdseg_cli.core.manifest import made_with, write_manifest
+    from sdseg_cli.core.files import refuse_existing
 
-    if size % 8:
-        raise UsageError(f"--size {size}: expected a multiple of 8, like {round(size / 8) * 8}.")
-    if distill is None and (crop % 8 or crop > size):
-        raise UsageError(f"--crop {crop}: expected a multiple of 8, at most --size ({size}).")
     refuse_existing(out, overwrite=overwrite, ours="config.json")
-    console.say(f"{masks:,} masks of {size} pixels, {steps:,} steps of {batch_size} ...")
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    if distill is not None:
+        _distil(distill, out, masks, size, data, settings, device, overwrite=overwrite, as_json=as_json)
+    else:
+        _train(out, masks, size or _SIZE, crop, data, settings, device, overwrite=overwrite, as_json=as_json)
+
+
+def _train(
+    out: Path,
+    masks: int,
+    size: int,
+    crop: int,
+    data: Path | None,
+    settings: dict[str, Any],
+    device: Device,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Train an autoencoder, write it, and report what it reconstructs."""
+    _check_size(size)
+    if crop % 8 or crop > size:
+        raise UsageError(f"--crop {crop}: expected a multiple of 8, at most --size ({size}).")
 
     import torch
 
     from sdseg_cli.core.data.prepared import PreparedDataset
-    from sdseg_cli.core.engine.autoencoder_training import generated_masks, train_mask_autoencoder
+    from sdseg_cli.core.engine.autoencoder_training import train_mask_autoencoder
     from sdseg_cli.core.engine.inference import choose_device
-    from sdseg_cli.core.model.latents import spatial_factor
+    from sdseg_cli.core.files import whole_folder
+    from sdseg_cli.core.manifest import made_with, write_manifest
     from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
-    from sdseg_cli.core.model.weights import (
-        load_published_autoencoder,
-        quiet_diffusers,
-        refer_to_autoencoder,
-    )
+    from sdseg_cli.core.model.weights import quiet_diffusers
 
     quiet_diffusers()
-    teacher = load_published_autoencoder(distill) if distill is not None else None  # before minutes of work
-    if teacher is not None and spatial_factor(teacher) != 8:
-        raise UsageError(
-            f"--distill {distill}: {spatial_factor(teacher)} pixels per latent pixel, expected 8 (a kl-f8 "
-            "autoencoder)."
-        )
-    dataset = PreparedDataset.open(data) if data is not None else None
     chosen = choose_device(device)
-    pool = list(console.progress(generated_masks(masks, size, seed), masks, "generating masks", unit="masks"))
-    held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
-    made_from: dict[str, Any] = {"masks": {"generated": masks, "size": size, "seed": seed}}
-    if data is not None and dataset is not None:
-        made_from["dataset"] = {"path": str(data.resolve()), "fingerprint": dataset.manifest.fingerprint}
-        pool += _dataset_masks(dataset, "train", size)
-        held_out[f"{data.name} validation"] = _dataset_masks(dataset, "validation", size)
-    if distill is not None and teacher is not None:
-        made_from["teacher"] = refer_to_autoencoder(distill, teacher)
-        _distil(
-            teacher.to(chosen),
-            pool,
-            held_out,
-            out,
-            {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
-            made_from,
-            device=chosen,
-            overwrite=overwrite,
-            as_json=as_json,
-        )
-        return
+    pool = _gather_masks(masks, size, PreparedDataset.open(data) if data is not None else None, settings)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(settings["seed"])
         network = MaskAutoencoder().to(chosen)
-    with console.training_progress(steps) as bar:
-        reports = train_mask_autoencoder(
-            network,
-            pool,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            crop=crop,
-            seed=seed,
-            device=chosen,
-        )
-        for report in reports:
+    with console.training_progress(settings["steps"]) as bar:
+        for report in train_mask_autoencoder(network, pool.train, crop=crop, device=chosen, **settings):
             bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
-    scores = {name: _reconstruction(network, part, chosen) for name, part in held_out.items() if part}
+    scores = {name: _reconstruction(network, part, chosen) for name, part in pool.held_out.items()}
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         network.save_pretrained(folder)
-        write_manifest(
-            folder,
-            "autoencoder",
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            crop=crop,
-            seed=seed,
-            **made_from,
-            **made_with(),
-        )
+        write_manifest(folder, "autoencoder", **settings, crop=crop, **pool.made_from, **made_with())
     if as_json:
         console.show_json({"folder": str(out), "reconstruction_dice": scores})
         return
@@ -167,62 +147,88 @@ def autoencoder(
 
 
 def _distil(
-    teacher: Any,
-    masks: list[np.ndarray],
-    held_out: dict[str, list[np.ndarray]],
+    location: str,
     out: Path,
+    masks: int,
+    size: int | None,
+    data: Path | None,
     settings: dict[str, Any],
-    made_from: dict[str, Any],
+    device: Device,
     *,
-    device: Any,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Train a decoder for the latents of ``teacher``, and report how well it agrees with the full one."""
-    import torch
+    """Train a small decoder for ``location``, write it, and report how well it agrees with the full one."""
+    _check_size(size or _SIZE)
 
-    from sdseg_cli.core.engine.distillation import (
-        agreement,
-        ask_teacher,
-        make_mask_decoder,
-        train_mask_decoder,
-    )
+    from sdseg_cli.commands._distilling import compare_with_teacher, distil, find_teacher
+    from sdseg_cli.core.engine.inference import choose_device
     from sdseg_cli.core.files import whole_folder
     from sdseg_cli.core.manifest import made_with, write_manifest
 
-    asked = ask_teacher(teacher, masks, seed=settings["seed"], device=device)
-    answers = list(console.progress(asked, len(masks), "asking the full decoder", unit="masks"))
-    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
-    answers.clear()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])
-        decoder = make_mask_decoder(teacher, latents).to(device)
-    with console.training_progress(settings["steps"]) as bar:
-        for report in train_mask_decoder(decoder, latents, wanted, device=device, **settings):
-            bar.update(report.step, loss=report.loss, samples_per_second=report.samples_per_second)
-    scores: dict[str, dict[str, float]] = {}
-    with console.working("comparing with the full decoder"):
-        for name, part in held_out.items():
-            if part:
-                with_full, with_truth = agreement(decoder, teacher, part, device=device)
-                scores[name] = {
-                    "mean": float(with_full.mean()),
-                    "worst": float(with_full.min()),
-                    "with_truth": float(with_truth.mean()),
-                }
+    chosen = choose_device(device)
+    with console.working("loading the full decoder"):
+        teacher = find_teacher(location, data, chosen)
+    side = teacher.image_size or size or _SIZE
+    if size not in (None, side):
+        raise UsageError(f"--size {size}: the model's images have {side} pixels. Leave it out.")
+    pool = _gather_masks(masks, side, teacher.dataset, settings)
+    decoder, predicted = distil(teacher, pool.train, settings, chosen)
+    scores = compare_with_teacher(decoder, teacher, pool.held_out, settings["seed"])
     with whole_folder(out, overwrite=overwrite, ours="config.json") as folder:
         decoder.save_pretrained(folder)
+        made_from = {**pool.made_from, **teacher.evidence, "predicted_latents": predicted}
         write_manifest(folder, "decoder", **settings, **made_from, **made_with())
     if as_json:
-        console.show_json({"folder": str(out), "agreement_dice": scores})
+        console.show_json({"folder": str(out), "agreement_dice": scores, "predicted_latents": predicted})
         return
     console.show_table(
-        ["masks", "mean Dice", "worst", "mean with the true masks"],
+        ["masks", "Dice with the full decoder", "worst", "with the true masks", "the full decoder's"],
         [[name, *score.values()] for name, score in scores.items()],
         title="Agreement with the full decoder",
-        caption="held-out masks, encoded and decoded by both",
+        caption="held-out masks, encoded, or predicted by the model, and decoded by both",
     )
+    if teacher.image_size is not None and teacher.model is None:
+        console.say(
+            "No training images of this model are known. With --data the decoder learns from what the model "
+            "predicts too, and is nearer to the full one where the model is not sure."
+        )
     console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model MODEL --out masks/")
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Masks to learn from and, by name, to measure on, uint8 (S, S); and what the manifest says of them."""
+
+    train: list[np.ndarray]
+    held_out: dict[str, list[np.ndarray]]
+    made_from: dict[str, Any]
+
+
+def _gather_masks(count: int, size: int, dataset: PreparedDataset | None, settings: dict[str, Any]) -> _Masks:
+    """Generate masks, and add those of a dataset's train and validation splits."""
+    from sdseg_cli.core.engine.autoencoder_training import generated_masks
+
+    seed = settings["seed"]
+    console.say(
+        f"{count:,} masks of {size} pixels, {settings['steps']:,} steps of {settings['batch_size']} ..."
+    )
+    made = generated_masks(count, size, seed)
+    pool = list(console.progress(made, count, "generating masks", unit="masks"))
+    held_out = {"generated": list(generated_masks(_HELD_OUT, size, _HELD_OUT_SEED))}
+    made_from: dict[str, Any] = {"masks": {"generated": count, "size": size, "seed": seed}}
+    if dataset is not None:
+        where = {"path": str(dataset.root.resolve()), "fingerprint": dataset.manifest.fingerprint}
+        made_from["dataset"] = where
+        pool += _dataset_masks(dataset, "train", size)
+        if validation := _dataset_masks(dataset, "validation", size):
+            held_out[f"{dataset.root.name} validation"] = validation
+    return _Masks(pool, held_out, made_from)
+
+
+def _check_size(size: int) -> None:
+    if size % 8:
+        raise UsageError(f"--size {size}: expected a multiple of 8, like {round(size / 8) * 8}.")
 
 
 def _dataset_masks(dataset: PreparedDataset, split: str, size: int) -> list[np.ndarray]:

@@ -25,8 +25,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from sdseg_cli.core.data.phantom import PHANTOM_KINDS, make_phantom
-from sdseg_cli.core.engine.autoencoder_training import generated_masks, reconstruction_dice
-from sdseg_cli.core.engine.distillation import agreement, ask_teacher, make_mask_decoder, train_mask_decoder
+from sdseg_cli.core.engine.autoencoder_training import generated_masks
+from sdseg_cli.core.engine.distillation import (
+    ask_teacher,
+    compare_decoders,
+    exact_latents,
+    make_mask_decoder,
+    train_mask_decoder,
+    with_unsure_latents,
+)
 from sdseg_cli.core.model.mask_decoder import MaskDecoder
 from sdseg_cli.core.seeding import generator_for
 
@@ -129,8 +136,8 @@ def find_decoder(options: argparse.Namespace, teacher: AutoencoderKL, masks: lis
     """Load a decoder that ``sdseg autoencoder --distill`` made, or train one here."""
     if options.decoder is not None:
         return MaskDecoder.from_pretrained(options.decoder).eval()
-    answers = list(ask_teacher(teacher, masks[: options.taught], seed=0, device=CPU))
-    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
+    chunks = with_unsure_latents(exact_latents(teacher, masks[: options.taught]), seed=0)
+    latents, wanted = (torch.stack(column) for column in zip(*ask_teacher(teacher, chunks), strict=True))
     torch.manual_seed(0)
     decoder = make_mask_decoder(teacher, latents)
     training = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 2e-3, "seed": 0}
@@ -164,13 +171,13 @@ def main(arguments: list[str] | None = None) -> dict:
     decoder = find_decoder(options, teacher, masks)
     scores = {}
     for name, part in held_out.items():
-        with_full, with_truth = agreement(decoder, teacher, part, device=CPU)
+        found = compare_decoders(decoder, teacher, exact_latents(teacher, part))
         scores[name] = {
-            "agreement_with_the_full_decoder": round(float(with_full.mean()), 5),
-            "median_agreement": round(float(np.median(with_full)), 5),
-            "worst_agreement": round(float(with_full.min()), 5),
-            "small_decoder_with_truth": round(float(with_truth.mean()), 5),
-            "full_decoder_with_truth": round(float(reconstruction_dice(teacher, part, device=CPU).mean()), 5),
+            "agreement_with_the_full_decoder": round(float(found.agreement.mean()), 5),
+            "median_agreement": round(float(np.median(found.agreement)), 5),
+            "worst_agreement": round(float(found.agreement.min()), 5),
+            "small_decoder_with_truth": round(float(found.small_with_truth.mean()), 5),
+            "full_decoder_with_truth": round(float(found.full_with_truth.mean()), 5),
         }
     print(json.dumps(scores, indent=2))
     if options.out is not None:

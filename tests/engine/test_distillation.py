@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from sdseg_cli.commands.autoencoder import autoencoder as command
-from sdseg_cli.core.engine.distillation import agreement, ask_teacher, make_mask_decoder, train_mask_decoder
+from sdseg_cli.core.data.prepared import PreparedDataset
+from sdseg_cli.core.engine.distillation import (
+    ask_teacher,
+    compare_decoders,
+    exact_latents,
+    make_mask_decoder,
+    predicted_latents,
+    train_mask_decoder,
+    with_unsure_latents,
+)
 from sdseg_cli.core.engine.inference import load_predictor
-from sdseg_cli.core.errors import ModelError, UsageError
+from sdseg_cli.core.errors import DataError, ModelError, UsageError
 from sdseg_cli.core.model.image_encoder import KLImageEncoder
 from sdseg_cli.core.model.latents import decode_latents, decode_logits, posterior, spatial_factor
 from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
@@ -65,41 +76,178 @@ def squares(count: int, size: int = 32) -> list[np.ndarray]:
     return found
 
 
+def taught(teacher, masks: list[np.ndarray], seed: int = 0, max_noise: float = 0.5):
+    """Latents (N, C, h, w) and answers (N, S, S), exact and unsure in turn."""
+    chunks = with_unsure_latents(exact_latents(teacher, masks), seed=seed, max_noise=max_noise)
+    return (torch.stack(column) for column in zip(*ask_teacher(teacher, chunks), strict=True))
+
+
 def test_it_learns_what_the_full_decoder_makes_of_the_latents_of_masks():
     masks = squares(24)
     teacher = small_kl()
     with torch.no_grad():  # one whose answers are no mask that it was given, as an untrained one's are not
         teacher.decoder.conv_out.weight.mul_(20)
-    answers = ask_teacher(teacher, masks, seed=0, device=CPU)
-    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
+    latents, wanted = taught(teacher, masks)
     assert latents.shape == (24, 4, 4, 4)
     assert (wanted.shape, wanted.dtype) == ((24, 32, 32), torch.float16)
     decoder = make_mask_decoder(teacher, latents, (16, 32))
-    before = agreement(decoder, teacher, masks, device=CPU)[0].mean()
+    before = compare_decoders(decoder, teacher, exact_latents(teacher, masks)).agreement.mean()
     options = {"steps": 60, "batch_size": 8, "learning_rate": 5e-3, "seed": 0, "device": CPU}
     reports = list(train_mask_decoder(decoder, latents, wanted, report_every=20, **options))
     assert [report.step for report in reports] == [20, 40, 60]
-    with_full, with_truth = (scores.mean() for scores in agreement(decoder, teacher, masks, device=CPU))
-    assert with_full > before + 0.1
-    assert with_full > with_truth + 0.1
+    after = compare_decoders(decoder, teacher, exact_latents(teacher, masks))
+    assert after.agreement.mean() > before + 0.1
+    assert after.agreement.mean() > after.small_with_truth.mean() + 0.1
 
 
 def test_every_second_latent_it_learns_from_is_exact_and_the_others_lie_between_masks_with_noise():
     masks, teacher = squares(10), small_kl()
-    latents, wanted = zip(*ask_teacher(teacher, masks, seed=3, device=CPU), strict=True)
+    latents, wanted = taught(teacher, masks, seed=3)
     exact = posterior(teacher, torch.from_numpy(np.stack(masks)).float().unsqueeze(1)).mode()
     for index, (latent, said) in enumerate(zip(latents, wanted, strict=True)):
         assert torch.allclose(latent, exact[index], atol=1e-5) is (index % 2 == 0)
         decoded = decode_latents(teacher, latent.unsqueeze(0), scale=1.0)[0, 0]
         assert torch.allclose(said.float(), decoded, atol=2e-3)  # what the full decoder says of this very one
-    quiet, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU, max_latent_noise=0), strict=True)
+    quiet, _ = taught(teacher, masks, seed=3, max_noise=0)
     low, high = exact[:4].amin(dim=0) - 1e-5, exact[:4].amax(dim=0) + 1e-5
     assert all(bool(((latent >= low) & (latent <= high)).all()) for latent in quiet[1:4:2])
     assert not torch.equal(quiet[1], latents[1])
-    again, _ = zip(*ask_teacher(teacher, masks, seed=3, device=CPU), strict=True)
-    other, _ = zip(*ask_teacher(teacher, masks, seed=4, device=CPU), strict=True)
-    assert torch.equal(torch.stack(again), torch.stack(latents))
+    again, _ = taught(teacher, masks, seed=3)
+    other, _ = taught(teacher, masks, seed=4)
+    assert torch.equal(again, latents)
     assert not torch.equal(other[1], latents[1])
+
+
+def test_decoders_are_compared_with_each_other_and_the_truth_on_masks_that_are_not_empty():
+    teacher = small_kl()
+    decoder = make_mask_decoder(teacher, torch.randn(4, 4, 4, 4), (16, 32)).eval()
+    masks = [np.zeros((32, 32), np.uint8), *squares(5), np.zeros((32, 32), np.uint8)]
+    found = compare_decoders(decoder, teacher, exact_latents(teacher, masks))
+    truth = torch.from_numpy(np.stack(masks[1:-1]))
+    latents = posterior(teacher, truth.float().unsqueeze(1)).mode()
+    with torch.no_grad():
+        small, full = (decode_latents(one, latents, scale=1.0)[:, 0] > 0.5 for one in (decoder, teacher))
+    for scores, pair in (
+        (found.agreement, (small, full)),
+        (found.small_with_truth, (small, truth)),
+        (found.full_with_truth, (full, truth)),
+    ):
+        assert scores == pytest.approx([dice(a.numpy(), b.numpy()) for a, b in zip(*pair, strict=True)])
+    assert len(compare_decoders(decoder, teacher, exact_latents(teacher, masks[:1])).agreement) == 0
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    total = (first > 0).sum() + (second > 0).sum()
+    return 2 * float(((first > 0) & (second > 0)).sum()) / float(total) if total else 1.0
+
+
+# ---- on what a model predicts
+
+
+@pytest.fixture(scope="module")
+def dataset(organs) -> PreparedDataset:
+    return PreparedDataset.open(organs)
+
+
+ORGANS = ("background", "large", "middle", "small")
+
+
+def pipeline_of(classes: tuple[str, ...], *, conditional: bool = False, joint: bool = False) -> SDSegPipeline:
+    torch.manual_seed(1)
+    count = len(classes)
+    pipeline = SDSegPipeline(
+        unet=SDSegUNet(
+            sample_size=4,
+            latent_channels=4 * (count - 1 if joint else 1),
+            channels=(32,),
+            blocks=1,
+            heads=4,
+            attention_strides=(),
+            num_class_embeds=count if conditional else None,
+        ),
+        image_encoder=KLImageEncoder(channels=(32, 32, 32, 32), blocks=1),
+        autoencoder=small_kl(),
+        scheduler=make_scheduler("sample"),
+        image_size=32,
+        classes=list(classes),
+        latent_scale=0.5,
+    )
+    for component in (pipeline.unet, pipeline.image_encoder):
+        component.eval().requires_grad_(False)
+        for parameter in component.parameters():  # what begins at zero would hide the noise and the class
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", ["conditional", "joint"])
+def test_latents_that_a_model_predicts_are_those_that_its_masks_are_decoded_of(dataset, kind):
+    pipeline = pipeline_of(ORGANS, **{kind: True})
+    split = dataset.split("train")
+    items = [split[position] for position in range(len(split))]
+    chunks = list(predicted_latents(pipeline, split, count=len(split), seed=5))
+    latents = torch.cat([latents for latents, _ in chunks])
+    truths = torch.cat([truths for _, truths in chunks]).numpy().reshape(len(split), -1, 32, 32)
+    for item, truth in zip(items, truths, strict=True):
+        label_map = item.grid.labels_to_model(item.label_map)
+        whole = [label_map != 0] if kind == "conditional" else []
+        assert np.array_equal(truth, [*whole, *(label_map == label for label in (1, 2, 3))])
+    assert truths.any(axis=(2, 3)).sum() > len(split)
+    scores = 2 * decode_latents(pipeline.autoencoder, latents, scale=1.0).reshape(*truths.shape) - 1
+    background = -scores[:, :1] if kind == "conditional" else -scores.amax(dim=1, keepdim=True)
+    scores = torch.cat([background, scores[:, -3:]], dim=1)
+    drawn = pipeline.sample(
+        [item.image for item in items],
+        seed=5,
+        case_ids=[item.case_id for item in items],
+        slice_indices=[item.slice_index for item in items],
+    )[:, 0]
+    assert len(np.unique(drawn.argmax(axis=1))) > 1
+    assert (scores.argmax(dim=1).numpy() == drawn.argmax(axis=1)).mean() > 0.999  # of ties either may win
+
+
+def test_images_are_spread_over_a_split_and_come_again_with_other_noise(dataset):
+    pipeline = pipeline_of(ORGANS, joint=True)
+    split = dataset.split("train")
+
+    def predict(count: int, seed: int = 0) -> torch.Tensor:
+        chunks = predicted_latents(pipeline, split, count=count, seed=seed)
+        return torch.cat([latents for latents, _ in chunks]).reshape(count, 3, 4, 4, 4)
+
+    once, twice = predict(len(split)), predict(2 * len(split))
+    torch.testing.assert_close(twice[: len(split)], once)
+    assert not torch.allclose(twice[len(split) :], once)
+    half = predict(2)
+    torch.testing.assert_close(half, once[[0, len(split) // 2]])
+    assert not torch.allclose(predict(2, seed=1), half)
+
+
+def test_the_command_learns_from_what_a_model_predicts_and_tells_how_far_its_masks_are_from_the_truth(
+    dataset, tmp_path, capsys
+):
+    pipeline_of(ORGANS, conditional=True).save_pretrained(tmp_path / "model")
+    few = {"steps": 2, "batch_size": 2, "masks": 24, "device": "cpu", "as_json": True}
+    command(out=tmp_path / "small", distill=str(tmp_path / "model"), data=dataset.root, **few)
+    told = json.loads(capsys.readouterr().out)
+    masks = 24 + sum(len(np.unique(item.label_map)) - 1 for item in dataset.split("train"))
+    assert told["predicted_latents"] == masks // 2 // 4 * 4  # four of an image
+    found = told["agreement_dice"]["predictions for validation"]
+    assert set(found) == {"mean", "worst", "with_truth", "full_with_truth"}
+    assert 0 <= found["worst"] <= found["mean"] <= 1
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert manifest["model"]["location"] == str(tmp_path / "model")
+    assert manifest["predicted_latents"] == told["predicted_latents"]
+    swapped = load_predictor(
+        resolve_model(str(tmp_path / "model")), device="cpu", decoder=str(tmp_path / "small")
+    )
+    assert isinstance(swapped.pipeline.autoencoder, MaskDecoder)
+
+
+def test_a_model_whose_data_is_not_known_is_distilled_from_its_autoencoder_alone(model, tmp_path, capsys):
+    few = {"steps": 2, "batch_size": 2, "masks": 16, "device": "cpu"}
+    command(out=tmp_path / "small", distill=str(model), **few)
+    assert "With --data the decoder learns from what the model predicts too" in capsys.readouterr().err
+    assert json.loads((tmp_path / "small" / "manifest.json").read_text())["masks"]["size"] == 32
 
 
 def test_the_command_makes_a_decoder_that_a_prediction_can_use(small, model):
@@ -154,4 +302,21 @@ def test_what_is_no_kl_autoencoder_is_refused_before_any_work(tmp_path):
         command(
             out=tmp_path / "out", distill=str(tmp_path / "mask"), masks=16, size=64, crop=64, device="cpu"
         )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.faults
+def test_a_model_that_cannot_be_distilled_says_why(dataset, model, tmp_path):
+    few = {"steps": 2, "batch_size": 2, "masks": 16, "device": "cpu", "out": tmp_path / "out"}
+    with pytest.raises(UsageError, match=r"does not exist.* the folder of a KL autoencoder or a hub"):
+        command(distill=str(tmp_path / "nothing"), **few)
+    with pytest.raises(UsageError, match="--size 64: the model's images have 32"):
+        command(distill=str(model), size=64, **few)
+    with pytest.raises(DataError, match=r"classes .*: dataset 4, model 2"):
+        command(distill=str(model), data=dataset.root, **few)
+    pipeline = pipeline_of(("background", "one"))
+    pipeline.register_modules(autoencoder=MaskAutoencoder())
+    pipeline.save_pretrained(tmp_path / "builtin")
+    with pytest.raises(UsageError, match="has no KL autoencoder"):
+        command(distill=str(tmp_path / "builtin"), **few)
     assert not (tmp_path / "out").exists()

@@ -1,10 +1,13 @@
-"""Trains a small decoder to read the latents that a KL autoencoder gives to masks."""
+"""Trains a small decoder to read the latents that a KL autoencoder gives to masks, or a model predicts."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -15,53 +18,109 @@ from sdseg_cli.core.model.latents import decode_latents, posterior
 from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
 from sdseg_cli.core.seeding import generator_for
 
+if TYPE_CHECKING:
+    from sdseg_cli.core.data.prepared import PreparedSlice
+    from sdseg_cli.core.model.pipeline import SDSegPipeline
+
 _CHUNK = 4  # masks at a time through the KL autoencoder: these take about 1 GiB at 256 pixels
+
+# Unscaled latents, float32 (N, C, h, w) on the autoencoder's device, and the true masks, bool (N, S, S).
+Chunk: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def exact_latents(autoencoder: AutoencoderKL, masks: Sequence[np.ndarray]) -> Iterator[Chunk]:
+    """Encode masks, (S, S) each with values in {0, 1}, a few at a time."""
+    for start in range(0, len(masks), _CHUNK):
+        truth = torch.from_numpy(np.stack(masks[start : start + _CHUNK]))
+        latents = posterior(autoencoder, truth.float().unsqueeze(1).to(autoencoder.device)).mode()
+        yield latents.float(), truth > 0
+
+
+def predicted_latents(
+    pipeline: SDSegPipeline,
+    slices: Sequence[PreparedSlice],
+    *,
+    count: int,
+    seed: int,
+    num_inference_steps: int = 1,
+) -> Iterator[Chunk]:
+    """Predict latents for images of a split.
+
+    Where a model is not sure it predicts no exact latent, and what it does predict, nobody else knows.
+
+    Args:
+        pipeline: a model on latents of a KL autoencoder.
+        slices: of a split, on the model's grid.
+        count: images to predict for: evenly spread over the split, or every image more than once, with other
+            noise.
+        seed: names the noise.
+        num_inference_steps: reverse steps.
+
+    Yields:
+        The latents of a few images, those of all masks of an image together.
+    """
+    chosen = iter(_spread(count, len(slices)))
+    while batch := list(islice(chosen, _CHUNK)):
+        items = [(slices[position], sample) for position, sample in batch]
+        latents = pipeline.predict_latents(
+            np.stack([item.image for item, _ in items]),
+            [(seed, item.case_id, item.slice_index, sample) for item, sample in items],
+            num_inference_steps=num_inference_steps,
+        )
+        truths = [pipeline.masks_of(item.grid.labels_to_model(item.label_map)) for item, _ in items]
+        yield latents.flatten(0, 1), torch.from_numpy(np.concatenate(truths))
+
+
+def _spread(count: int, length: int) -> list[tuple[int, int]]:
+    """Give positions in a sequence, evenly spread, and how often each was given before."""
+    if count <= length:
+        return [(k * length // count, 0) for k in range(count)]
+    return [(k % length, k // length) for k in range(count)]
+
+
+def with_unsure_latents(chunks: Iterable[Chunk], *, seed: int, max_noise: float = 0.5) -> Iterator[Chunk]:
+    """Put in the place of every second latent what a denoiser that is not sure may say.
+
+    That is something between the latents of several masks, and noise. A decoder that was taught exact ones
+    alone parts from the full one on a model's predictions.
+
+    Args:
+        chunks: exact latents of a few masks at a time.
+        seed: names the mixtures and the noise.
+        max_noise: noise at most, in the standard deviations of latents.
+    """
+    start = 0
+    for latents, truth in chunks:
+        generator = generator_for("distillation", "latents", seed, start)
+        count = len(latents)
+        weights = -torch.rand(count, count, generator=generator).clamp(min=1e-7).log()
+        weights /= weights.sum(dim=1, keepdim=True)  # a flat Dirichlet's
+        exact = latents.cpu()
+        level = max_noise * torch.rand(count, 1, 1, 1, generator=generator)
+        noise = level * exact.std() * torch.randn(exact.shape, generator=generator)
+        unsure = torch.einsum("mn,nchw->mchw", weights, exact) + noise
+        mixed = latents.clone()
+        mixed[1::2] = unsure[1::2].to(latents)
+        yield mixed, truth
+        start += count
 
 
 @torch.no_grad()
 def ask_teacher(
-    autoencoder: AutoencoderKL,
-    masks: Sequence[np.ndarray],
-    *,
-    seed: int,
-    device: torch.device,
-    max_latent_noise: float = 0.5,
+    autoencoder: AutoencoderKL, chunks: Iterable[Chunk]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Encode masks and decode them again, with the full decoder.
-
-    Every second latent is an exact one. The others are what a denoiser that is not sure may say: something
-    between the latents of several masks, and noise. A decoder that was taught exact ones alone parts from the
-    full one on a model's predictions.
-
-    Args:
-        autoencoder: frozen, on ``device``.
-        masks: (S, S) each, values in {0, 1}.
-        seed: names the mixtures and the noise.
-        device: where to compute.
-        max_latent_noise: noise on every second latent, at most, in the standard deviations of latents.
+    """Decode latents with the full decoder.
 
     Yields:
-        For each mask, on the CPU: an unscaled latent, float32 (C, S/8, S/8), and what the full decoder makes
-        of that, float16 (S, S), probabilities. What a small decoder should say is this and not the mask: the
-        two differ where the autoencoder does not reproduce it.
+        Every latent, float32 (C, h, w), and what the full decoder makes of it, float16 (8h, 8w),
+        probabilities, on the CPU. What a small decoder should say is this and not the true mask: the two
+        differ where the autoencoder does not reproduce it, or the model does not find it.
     """
-    for start in range(0, len(masks), _CHUNK):
-        chunk = torch.from_numpy(np.stack(masks[start : start + _CHUNK])).float().unsqueeze(1)
-        latents = posterior(autoencoder, chunk.to(device)).mode()
-        generator = generator_for("distillation", "latents", seed, start)
-        latents[1::2] = _unsure(latents.cpu().float(), generator, max_latent_noise)[1::2].to(latents)
-        decoded = decode_latents(autoencoder, latents, scale=1.0)[:, 0]
-        yield from zip(latents.float().cpu(), decoded.half().cpu(), strict=True)
-
-
-def _unsure(latents: torch.Tensor, generator: torch.Generator, max_noise: float) -> torch.Tensor:
-    """Means of the latents (N, C, h, w), each with weights of its own from a flat Dirichlet, and noise."""
-    count = len(latents)
-    weights = -torch.rand(count, count, generator=generator).clamp(min=1e-7).log()
-    weights /= weights.sum(dim=1, keepdim=True)
-    mixed = torch.einsum("mn,nchw->mchw", weights, latents)
-    level = max_noise * torch.rand(count, 1, 1, 1, generator=generator)
-    return mixed + level * latents.std() * torch.randn(latents.shape, generator=generator)
+    for latents, _ in chunks:
+        for part in latents.split(_CHUNK):
+            decoded = decode_latents(autoencoder, part, scale=1.0)[:, 0]
+            yield from zip(part.float().cpu(), decoded.half().cpu(), strict=True)
 
 
 def make_mask_decoder(
@@ -93,7 +152,7 @@ def train_mask_decoder(
 
     Args:
         decoder: already on ``device``.
-        latents: float32, (N, C, h, w), exact and mixed ones, see :func:`ask_teacher`.
+        latents: float32, (N, C, h, w), exact and unsure ones.
         wanted: float16, (N, S, S), probabilities: what the full decoder says of these latents.
         steps: optimizer steps.
         batch_size: masks per step.
@@ -129,30 +188,38 @@ def train_mask_decoder(
     decoder.eval()
 
 
+@dataclass(frozen=True)
+class DecoderComparison:
+    """Dice of masks, one value a mask, float64: of both decoders with each other and with the true masks."""
+
+    agreement: np.ndarray
+    small_with_truth: np.ndarray
+    full_with_truth: np.ndarray
+
+
 @torch.no_grad()
-def agreement(
-    decoder: MaskDecoder, autoencoder: AutoencoderKL, masks: Sequence[np.ndarray], *, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compare both decoders on the latents of masks (S, S) in {0, 1}.
-
-    Returns:
-        Dice of the small decoder's masks with the full decoder's, and with the true masks, float64; empty
-        masks are left out.
-    """
-    with_full: list[float] = []
-    with_truth: list[float] = []
-    filled = [mask for mask in masks if mask.any()]
-    for start in range(0, len(filled), _CHUNK):
-        truth = torch.from_numpy(np.stack(filled[start : start + _CHUNK])).float().unsqueeze(1).to(device)
-        latents = posterior(autoencoder, truth).mode()
-        small = decode_latents(decoder, latents, scale=1.0) > 0.5
-        full = decode_latents(autoencoder, latents, scale=1.0) > 0.5
-        with_full += _dice(small, full)
-        with_truth += _dice(small, truth > 0.5)
-    return np.asarray(with_full), np.asarray(with_truth)
+def compare_decoders(
+    decoder: MaskDecoder, autoencoder: AutoencoderKL, chunks: Iterable[Chunk]
+) -> DecoderComparison:
+    """Compare the small decoder with the full one on latents; those of empty true masks are left out."""
+    found: list[torch.Tensor] = []
+    for latents, truths in chunks:
+        filled = truths.flatten(1).any(dim=1)
+        kept = latents[filled.to(latents.device)].split(_CHUNK)
+        for part, truth in zip(kept, truths[filled].split(_CHUNK), strict=True):
+            if not len(part):
+                continue  # nothing splits into one part of nothing
+            small, full = (
+                (decode_latents(network, part, scale=1.0)[:, 0] > 0.5).cpu()
+                for network in (decoder, autoencoder)
+            )
+            found.append(torch.stack([_dice(small, full), _dice(small, truth), _dice(full, truth)], dim=1))
+    scores = torch.cat(found).numpy() if found else np.empty((0, 3))
+    return DecoderComparison(scores[:, 0], scores[:, 1], scores[:, 2])
 
 
-def _dice(one: torch.Tensor, other: torch.Tensor) -> list[float]:
-    overlap = (one & other).sum(dim=(1, 2, 3)).double()
-    total = (one.sum(dim=(1, 2, 3)) + other.sum(dim=(1, 2, 3))).double()
-    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0).cpu().tolist()
+def _dice(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Dice of masks, bool (N, S, S), float64 (N,); 1 where both are empty."""
+    overlap = (one & other).sum(dim=(1, 2)).double()
+    total = (one.sum(dim=(1, 2)) + other.sum(dim=(1, 2))).double()
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)

@@ -302,6 +302,47 @@ class SDSegPipeline(DiffusionPipeline):
             negated (its mask is "anything but background"). A joint one runs once, and the background's
             score is the largest of the others negated: it wins where no mask is likelier than not.
         """
+        latent = self._reverse_process(conditioning, noise, num_inference_steps)
+        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)
+        if masks_per_latent(self.autoencoder, latent.shape[1]) > 1:
+            return torch.cat([-scores.amax(dim=1, keepdim=True), scores], dim=1)
+        scores = scores.reshape(len(noise), -1, *scores.shape[2:])  # from (B * K, 1, S, S)
+        if scores.shape[1] > 1:
+            scores[:, 0] = -scores[:, 0]
+        return scores
+
+    @torch.no_grad()
+    def predict_latents(
+        self, images: np.ndarray, keys: Sequence[NoiseKey], *, num_inference_steps: int = 1
+    ) -> torch.Tensor:
+        """Predict what the autoencoder's decoder is given.
+
+        Args:
+            images: uint8, (B, S, S, 3).
+            keys: one an image, naming its noise.
+            num_inference_steps: reverse steps.
+
+        Returns:
+            Unscaled latents, float32 (B, M, C, h, w), of the M masks of :meth:`masks_of`.
+        """
+        conditioning = self.image_encoder(self.normalise(images))
+        latent = self._reverse_process(conditioning, self.draw_noise(keys), num_inference_steps)
+        channels = self.autoencoder.config["latent_channels"]
+        return latent.reshape(len(images), -1, channels, *latent.shape[2:]) / self.config.latent_scale
+
+    def masks_of(self, label_map: np.ndarray) -> np.ndarray:
+        """Give the masks that the latents stand for, bool (M, H, W), of a label map (H, W).
+
+        They are those of the foreground classes; a class-conditional U-Net has the foreground's before them.
+        """
+        masks = label_map[None] == np.arange(1, self.num_classes)[:, None, None]
+        conditional = self.unet.config["num_class_embeds"] is not None
+        return np.concatenate([label_map[None] != 0, masks]) if conditional else masks
+
+    def _reverse_process(
+        self, conditioning: Sequence[torch.Tensor], noise: torch.Tensor, num_inference_steps: int
+    ) -> torch.Tensor:
+        """Bring noise, (B, C, h, w), to scaled latents: (B, C, h, w), or (B * K, C, h, w) for K classes."""
         class_labels, num_maps = None, 1
         if self.unet.config["num_class_embeds"] is not None:
             num_maps = self.num_classes
@@ -314,13 +355,7 @@ class SDSegPipeline(DiffusionPipeline):
             at = torch.full((len(latent),), timestep, device=noise.device)
             output = self.unet(latent.to(input_dtype(self.unet, self.device)), at, conditioning, class_labels)
             latent = reverse_step(self.scheduler, output, latent, timestep, following)
-        scores = decode_scores(self.autoencoder, latent, self.config.latent_scale)
-        if masks_per_latent(self.autoencoder, latent.shape[1]) > 1:
-            return torch.cat([-scores.amax(dim=1, keepdim=True), scores], dim=1)
-        scores = scores.reshape(len(noise), num_maps, *scores.shape[2:])  # from (B * K, 1, S, S)
-        if num_maps > 1:
-            scores[:, 0] = -scores[:, 0]
-        return scores
+        return latent
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
