@@ -8,13 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sdseg_cli import console
 from sdseg_cli.commands._measured import Model
-from sdseg_cli.core.errors import UsageError
+from sdseg_cli.core.errors import DataError, UsageError
+from sdseg_cli.core.files import EXPORT_FILE
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from diffusers import AutoencoderKL
 
@@ -33,11 +33,6 @@ class ModelOnData:
     pipeline: SDSegPipeline
     dataset: PreparedDataset
     num_inference_steps: int
-
-    @property
-    def masks_an_image(self) -> int:
-        """How many masks, and so latents, it predicts for an image."""
-        return len(self.pipeline.masks_of(np.zeros((1, 1), np.uint8)))
 
     def predictions(self, split: str, images: int, seed: int) -> Iterator[Chunk]:
         """Predict latents for so many images of a split; see ``predicted_latents``."""
@@ -90,16 +85,19 @@ def find_teacher(location: str, data: Path | None, device: torch.device) -> Teac
     from sdseg_cli.core.model.weights import load_published_autoencoder, quiet_diffusers, refer_to_autoencoder
 
     quiet_diffusers()
-    if (model := _find_model(location)) is not None:
-        return _teacher_of(model, data, device)
-    autoencoder = load_published_autoencoder(location)
-    if (factor := spatial_factor(autoencoder)) != 8:
+    model = _find_model(location)
+    if model is not None:
+        teacher = _teacher_of(model, data, device)
+    else:
+        autoencoder = load_published_autoencoder(location)
+        evidence = {"teacher": refer_to_autoencoder(location, autoencoder)}
+        dataset = PreparedDataset.open(data) if data is not None else None
+        teacher = Teacher(autoencoder.to(device), evidence, None, dataset)
+    if (factor := spatial_factor(teacher.autoencoder)) != 8:
         raise UsageError(
             f"--distill {location}: {factor} pixels per latent pixel, expected 8 (a kl-f8 autoencoder)."
         )
-    evidence = {"teacher": refer_to_autoencoder(location, autoencoder)}
-    dataset = PreparedDataset.open(data) if data is not None else None
-    return Teacher(autoencoder.to(device), evidence, None, dataset)
+    return teacher
 
 
 def _find_model(location: str) -> Model | None:
@@ -108,7 +106,14 @@ def _find_model(location: str) -> Model | None:
     if (folder / "config.json").is_file() or (folder / "vae").is_dir():
         return None
     model = Model.find(location, option="--distill", also="the folder of a KL autoencoder")
-    return model if model.stated.get("_class_name") == "SDSegPipeline" else None
+    place = Path(model.reference.location)
+    if (place / EXPORT_FILE).is_file():
+        raise UsageError(
+            f"--distill {location} is an exported model, whose networks cannot be told apart. Name the model "
+            "it was exported from."
+        )
+    is_ours = place.is_dir() or model.stated.get("_class_name") == "SDSegPipeline"
+    return model if is_ours else None
 
 
 def _teacher_of(model: Model, data: Path | None, device: torch.device) -> Teacher:
@@ -125,17 +130,36 @@ def _teacher_of(model: Model, data: Path | None, device: torch.device) -> Teache
             f"--distill {place}: the model has no KL autoencoder, whose decoder a small one could replace. "
             "Predict with it as it is."
         )
-    dataset = model.dataset(data) if data is not None or model.recipe is not None else None
-    on_data = None
+    referred = pipeline.config.get("autoencoder_reference")
+    evidence = {
+        "teacher": referred or refer_to_autoencoder(f"{place}/autoencoder", pipeline.autoencoder),
+        "model": model.evidence(),
+    }
+    dataset, on_data = _dataset_of(model, data), None
     if dataset is not None:
         check_fit(Predictor(pipeline), dataset.manifest, dataset.root)
-    if dataset is not None and dataset.manifest.splits.get("train"):
         steps = model.sampling(num_inference_steps=None).get("num_inference_steps", 1)
         on_data = ModelOnData(pipeline, dataset, steps)
-    own = f"{place}/autoencoder" if (Path(place) / "autoencoder").is_dir() else place
-    evidence = {"teacher": refer_to_autoencoder(own, pipeline.autoencoder), "model": model.evidence()}
     pipeline.to(device)
     return Teacher(pipeline.autoencoder, evidence, pipeline.config.image_size, dataset, on_data)
+
+
+def _dataset_of(model: Model, data: Path | None) -> PreparedDataset | None:
+    """The dataset of ``--data``, or of the run if it is still there; None without one, which is said."""
+    gain = (
+        "With --data the decoder learns from what the model predicts too, and is nearer to the full one "
+        "where the model is not sure."
+    )
+    if data is None and model.recipe is None:
+        console.warn(f"what the model was trained on is not known. {gain}")
+        return None
+    try:
+        return model.dataset(data)
+    except DataError as error:
+        if data is not None:
+            raise
+        console.warn(f"{error} Going on without it. {gain}")
+        return None
 
 
 def distil(
@@ -159,6 +183,7 @@ def distil(
     from sdseg_cli.core.engine.distillation import (
         ask_teacher,
         exact_latents,
+        gather_answers,
         make_mask_decoder,
         train_mask_decoder,
         with_unsure_latents,
@@ -167,15 +192,15 @@ def distil(
     seed = settings["seed"]
     chunks = with_unsure_latents(exact_latents(teacher.autoencoder, masks), seed=seed)
     predicted = 0
-    if (model := teacher.model) is not None:
-        images = max(1, len(masks) // 2 // model.masks_an_image)
-        predicted = images * model.masks_an_image
+    model = teacher.model
+    if model is not None and model.dataset.manifest.splits["train"]:
+        images = max(1, len(masks) // 2 // model.pipeline.masks_an_image)
+        predicted = images * model.pipeline.masks_an_image
         chunks = chain(chunks, model.predictions("train", images, seed))
-    asked = ask_teacher(teacher.autoencoder, chunks)
     total = len(masks) + predicted
-    answers = list(console.progress(asked, total, "asking the full decoder", unit="masks"))
-    latents, wanted = (torch.stack(column) for column in zip(*answers, strict=True))
-    answers.clear()
+    asked = ask_teacher(teacher.autoencoder, chunks)
+    answers = console.progress(asked, total, "asking the full decoder", unit="masks")
+    latents, wanted = gather_answers(answers, total)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = make_mask_decoder(teacher.autoencoder, latents).to(device)
@@ -193,9 +218,8 @@ def compare_with_teacher(
 
     parts = {name: exact_latents(teacher.autoencoder, masks) for name, masks in held_out.items()}
     if (model := teacher.model) is not None:
-        images = min(_MOST_COMPARED, model.dataset.manifest.splits.get("validation", 0))
-        if images:
-            parts["predictions for validation"] = model.predictions("validation", images, seed)
+        images = min(_MOST_COMPARED, model.dataset.manifest.splits["validation"])
+        parts["predictions for validation"] = model.predictions("validation", images, seed)
     scores = {}
     with console.working("comparing with the full decoder"):
         for name, chunks in parts.items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdseg_cli.core.data.prepared import PreparedDataset
 
 _SIZE = 256  # pixels, of generated masks
+_CROP = 128
 _HELD_OUT_SEED = 1_000_003  # names masks that no training seed generates
 _HELD_OUT = 256
 
@@ -40,7 +41,15 @@ def autoencoder(
             show_default=False,
         ),
     ] = None,
-    crop: Annotated[int, typer.Option("--crop", min=32, help="Side of the crops trained on.")] = 128,
+    crop: Annotated[
+        int | None,
+        typer.Option(
+            "--crop",
+            min=32,
+            help="Side of the crops trained on; default 128. A small decoder learns whole masks.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -88,9 +97,12 @@ def autoencoder(
     refuse_existing(out, overwrite=overwrite, ours="config.json")
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     if distill is not None:
+        if crop is not None:
+            raise UsageError(f"--crop {crop}: a small decoder learns whole masks. Leave it out.")
         _distil(distill, out, masks, size, data, settings, device, overwrite=overwrite, as_json=as_json)
     else:
-        _train(out, masks, size or _SIZE, crop, data, settings, device, overwrite=overwrite, as_json=as_json)
+        side, side_of_crops = size or _SIZE, crop or _CROP
+        _train(out, masks, side, side_of_crops, data, settings, device, overwrite=overwrite, as_json=as_json)
 
 
 def _train(
@@ -188,11 +200,6 @@ def _distil(
         title="Agreement with the full decoder",
         caption="held-out masks, encoded, or predicted by the model, and decoded by both",
     )
-    if teacher.image_size is not None and teacher.model is None:
-        console.say(
-            "No training images of this model are known. With --data the decoder learns from what the model "
-            "predicts too, and is nearer to the full one where the model is not sure."
-        )
     console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model MODEL --out masks/")
 
 

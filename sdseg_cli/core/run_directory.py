@@ -521,7 +521,7 @@ def resolve_model(
     if not path.exists() and len(path.parts) == 1 and (runs_root / path).is_dir():
         path = runs_root / path
     if path.is_dir():
-        return _reference_in(path, f"{option} {path}".strip())
+        return _reference_in(path, f"{option} {path}".strip(), also)
     said = f"{option} {model}".strip()
     if path.suffix.lower() in _WEIGHT_FILES or path.is_file():
         raise UsageError(
@@ -539,7 +539,7 @@ def resolve_model(
     )
 
 
-def _reference_in(path: Path, said: str) -> ModelReference:
+def _reference_in(path: Path, said: str, also: str) -> ModelReference:
     if (path / EXPORT_FILE).is_file():
         return ModelReference(str(path), None, f"exported model {path}")
     if (path / "model_index.json").is_file():
@@ -551,7 +551,7 @@ def _reference_in(path: Path, said: str) -> ModelReference:
     if not run.run_file.is_file():
         raise UsageError(
             f"{said}: the folder holds neither a run (run.json) nor a model (model_index.json). "
-            "Give a run directory, a model folder or a hub id (owner/name)."
+            f"Give a run directory, a model folder{f', {also}' if also else ''} or a hub id (owner/name)."
         )
     if not run.has_model:
         raise UsageError(

@@ -30,6 +30,7 @@ from sdseg_cli.core.engine.distillation import (
     ask_teacher,
     compare_decoders,
     exact_latents,
+    gather_answers,
     make_mask_decoder,
     train_mask_decoder,
     with_unsure_latents,
@@ -136,8 +137,9 @@ def find_decoder(options: argparse.Namespace, teacher: AutoencoderKL, masks: lis
     """Load a decoder that ``sdseg autoencoder --distill`` made, or train one here."""
     if options.decoder is not None:
         return MaskDecoder.from_pretrained(options.decoder).eval()
-    chunks = with_unsure_latents(exact_latents(teacher, masks[: options.taught]), seed=0)
-    latents, wanted = (torch.stack(column) for column in zip(*ask_teacher(teacher, chunks), strict=True))
+    taught = masks[: options.taught]
+    chunks = with_unsure_latents(exact_latents(teacher, taught), seed=0)
+    latents, wanted = gather_answers(ask_teacher(teacher, chunks), len(taught))
     torch.manual_seed(0)
     decoder = make_mask_decoder(teacher, latents)
     training = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 2e-3, "seed": 0}

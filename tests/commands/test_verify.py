@@ -56,8 +56,8 @@ def made(polyps, tiny_recipe, sdseg_process, tmp_path_factory) -> Path:
     assert sdseg("predict", place / "scans", "--out", place / "masks", *cpu, "--overlay", "--report") == 0
     for shard in ("1/2", "2/2"):
         assert sdseg("predict", place / "scans", "--out", place / "sharded", *cpu, "--shard", shard) == 0
-    few = ("--steps", 1, "--masks", 16, "--size", 64, "--crop", 32, "--batch-size", 2, "--device", "cpu")
-    assert sdseg("autoencoder", "--out", place / "network", *few) == 0
+    few = ("--steps", 1, "--masks", 16, "--size", 64, "--batch-size", 2, "--device", "cpu")
+    assert sdseg("autoencoder", "--out", place / "network", "--crop", 32, *few) == 0
     small_kl().save_pretrained(place / "published")
     assert sdseg("convert", place / "published", "--out", place / "converted") == 0
     assert sdseg("autoencoder", "--distill", place / "published", "--out", place / "decoder", *few) == 0

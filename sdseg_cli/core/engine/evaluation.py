@@ -52,7 +52,7 @@ def check_fit(predictor: Predictor, manifest: DatasetManifest, root: Path) -> No
     if differences:
         raise DataError(
             f"dataset {root} does not fit the model: {'; '.join(differences)}. "
-            "Prepare the data with the settings the model was trained with, or choose another --model."
+            "Prepare the data with the settings the model was trained with, or choose another model."
         )
 
 

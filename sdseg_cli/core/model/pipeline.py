@@ -330,6 +330,11 @@ class SDSegPipeline(DiffusionPipeline):
         channels = self.autoencoder.config["latent_channels"]
         return latent.reshape(len(images), -1, channels, *latent.shape[2:]) / self.config.latent_scale
 
+    @property
+    def masks_an_image(self) -> int:
+        """How many masks are predicted for an image, each from a latent of its own."""
+        return len(self.masks_of(np.zeros((1, 1), np.uint8)))
+
     def masks_of(self, label_map: np.ndarray) -> np.ndarray:
         """Give the masks that the latents stand for, bool (M, H, W), of a label map (H, W).
 

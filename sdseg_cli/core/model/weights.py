@@ -105,23 +105,25 @@ def load_published_autoencoder(location: str) -> AutoencoderKL:
         ModelError: there is none; the message names the place.
     """
     quiet_diffusers()
-    is_folder = Path(location).is_dir()
-    refuse_altered(Path(location))
-    subfolders = [None] if is_folder and not (Path(location) / "vae").is_dir() else ["vae", None]
-    problems = []
+    folder = Path(location).expanduser()
+    place = str(folder) if folder.is_dir() else location
+    refuse_altered(folder)
+    subfolders = [None] if folder.is_dir() and not (folder / "vae").is_dir() else ["vae", None]
+    problems: list[str] = []
     for subfolder in subfolders:
         try:
             network, found = AutoencoderKL.from_pretrained(
-                location, subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
+                place, subfolder=subfolder, output_loading_info=True, torch_dtype=torch.float32
             )
             _refuse_partial(found["missing_keys"], found["unexpected_keys"])
         except _LOAD_FAILURES as error:
             problems.append(f"{subfolder or 'itself'}: {_reason(error)}")
+            remedy = _hub_remedy(place, error)
         else:
             return network.eval().requires_grad_(False)
     raise ModelError(
-        f"{location} holds no KL autoencoder that can be read ({'; '.join(problems)}). Expected a checkpoint "
-        "file, or the folder or hub id of a diffusers model with a vae."
+        f"{location} holds no KL autoencoder that can be read ({'; '.join(problems)}). Expected the folder "
+        f"or hub id of one, or of a diffusers model with a vae.{remedy}"
     )
 
 
@@ -460,7 +462,7 @@ def replace_decoder(pipeline: SDSegPipeline, location: str) -> None:
     quiet_diffusers()
     folder = Path(location)
     refuse_altered(folder)
-    remedy = "Make one with: sdseg autoencoder --distill KL --out FOLDER"
+    remedy = "Make one with: sdseg autoencoder --distill MODEL --out FOLDER"
     try:
         kind = MaskDecoder.load_config(folder).get("_class_name") if folder.is_dir() else "no folder"
         if kind != "MaskDecoder":
@@ -478,7 +480,7 @@ def replace_decoder(pipeline: SDSegPipeline, location: str) -> None:
     if decoder.config["made_for"] != own:
         raise UsageError(
             f"--decoder {location} was made for another KL autoencoder ({decoder.config['made_for'][:12]}, "
-            f"the model's is {own[:12]}). {remedy}, where KL is MODEL/autoencoder of this model."
+            f"the model's is {own[:12]}). {remedy}, of this model."
         )
     pipeline.register_modules(autoencoder=decoder.eval().requires_grad_(False).to(pipeline.device))
 
