@@ -311,4 +311,5 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_remedy(tmp_path, monkey
         resolve_model(given, option="", also="a folder of masks")
     assert str(caught.value).startswith(given)
     assert message.partition(" Give")[0] in str(caught.value)
-    assert ("a folder of masks or a hub id" in str(caught.value)) == ("does not exist" in message)
+    named = "a folder of masks or a hub id" in str(caught.value)
+    assert named == ("does not exist" in message or "neither a run" in message)
