@@ -1,4 +1,4 @@
-"""``sdseg autoencoder``: trains the small autoencoder of the masks."""
+"""``sdseg autoencoder``: trains the small autoencoder of the masks, or a small decoder."""
 
 from __future__ import annotations
 
@@ -82,6 +82,9 @@ def autoencoder(
     The one that is shipped was made by this command with its defaults. Name the folder in a recipe as
     model.autoencoder to use another. Ends with the Dice of masks encoded and decoded again, which is the
     most that a model on top of it can reach.
+
+    With --distill it trains a decoder instead, which stands in for the large one of photographs, and ends
+    with the Dice between the masks of both, and of both with the true ones.
 
     Examples::
 
@@ -200,7 +203,8 @@ def _distil(
         title="Agreement with the full decoder",
         caption="held-out masks, encoded, or predicted by the model, and decoded by both",
     )
-    console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model MODEL --out masks/")
+    model = "MODEL" if teacher.image_size is None else location
+    console.done(f"{out}. Use it with: sdseg predict scans/ --decoder {out} --model {model} --out masks/")
 
 
 @dataclass(frozen=True)
