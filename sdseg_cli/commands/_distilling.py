@@ -175,8 +175,7 @@ def distil(
 
     Returns:
         The decoder, and how many of the latents that it learned from a model has predicted: half as many as
-        there are masks, if there are a model and its data. (With a third of that a weak model's masks were as
-        good as the full decoder's, see tests/benchmarks/README.md.)
+        there are masks, if there are a model and its data (figures: tests/benchmarks/README.md).
     """
     import torch
 

@@ -17,7 +17,7 @@ from sdseg_cli.core.model.mask_autoencoder import MaskAutoencoder
 from sdseg_cli.core.seeding import derive_seed, generator_for
 
 _CHUNK = 64  # masks at a time
-_CHUNK_OF_KL = 4  # it has 128 channels at full resolution: these take about 1 GiB at 256 pixels
+CHUNK_OF_KL = 4  # it has 128 channels at full resolution: these take about 1 GiB at 256 pixels
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _batch(masks: Sequence[np.ndarray], size: int, crop: int, generator: torch.G
 def measure_scale(autoencoder: Autoencoder, masks: Sequence[np.ndarray], *, device: torch.device) -> float:
     """Measure 1 / standard deviation of the latents (LDM's scaling factor) over masks (S, S) in {0, 1}."""
     total, squares, count = 0.0, 0.0, 0
-    for chunk in _chunks(masks, autoencoder):
+    for chunk in chunks_of(masks, autoencoder):
         latents = posterior(autoencoder, chunk.to(device)).mode().double()
         total += latents.sum().item()
         squares += latents.square().sum().item()
@@ -186,7 +186,7 @@ def reconstruction_dice(
     scores: list[float] = []
     scale = measure_scale(autoencoder, masks[:64], device=device) if latent_noise else 1.0
     filled = [mask for mask in masks if mask.any()]
-    for index, chunk in enumerate(_chunks(filled, autoencoder)):
+    for index, chunk in enumerate(chunks_of(filled, autoencoder)):
         truth = chunk.to(device)
         latents = posterior(autoencoder, truth).mode()
         if latent_noise:
@@ -194,13 +194,19 @@ def reconstruction_dice(
             latents = latents + noise.to(device) * latent_noise / scale
         predicted = decode_latents(autoencoder, latents, scale=1.0) > 0.5
         wanted = truth > 0.5
-        overlap = (predicted & wanted).sum(dim=(1, 2, 3))
-        total = predicted.sum(dim=(1, 2, 3)) + wanted.sum(dim=(1, 2, 3))
-        scores.extend((2 * overlap / total).double().cpu().tolist())
+        scores.extend(dice_of_masks(predicted, wanted).tolist())
     return np.asarray(scores)
 
 
-def _chunks(masks: Sequence[np.ndarray], autoencoder: Autoencoder) -> Iterator[torch.Tensor]:
-    size = _CHUNK if isinstance(autoencoder, MaskAutoencoder) else _CHUNK_OF_KL
+def dice_of_masks(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Dice of masks, bool (N, ...), float64 (N,) on the CPU; 1 where both are empty."""
+    overlap = (one & other).flatten(1).sum(dim=1).cpu().double()
+    total = (one.flatten(1).sum(dim=1) + other.flatten(1).sum(dim=1)).cpu().double()
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
+
+
+def chunks_of(masks: Sequence[np.ndarray], autoencoder: Autoencoder) -> Iterator[torch.Tensor]:
+    """Yield masks (S, S), float (N, 1, S, S), as many at a time as go through the autoencoder at once."""
+    size = _CHUNK if isinstance(autoencoder, MaskAutoencoder) else CHUNK_OF_KL
     for start in range(0, len(masks), size):
         yield torch.from_numpy(np.stack(masks[start : start + size])).float().unsqueeze(1)

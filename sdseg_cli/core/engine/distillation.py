@@ -14,7 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from sdseg_cli.core.engine.autoencoder_training import AutoencoderStep
+from sdseg_cli.core.engine.autoencoder_training import (
+    CHUNK_OF_KL,
+    AutoencoderStep,
+    chunks_of,
+    dice_of_masks,
+)
 from sdseg_cli.core.model.latents import decode_latents, posterior
 from sdseg_cli.core.model.mask_decoder import MaskDecoder, fingerprint
 from sdseg_cli.core.seeding import generator_for
@@ -23,19 +28,17 @@ if TYPE_CHECKING:
     from sdseg_cli.core.data.prepared import PreparedSlice
     from sdseg_cli.core.model.pipeline import SDSegPipeline
 
-_CHUNK = 4  # masks at a time through a KL autoencoder or a U-Net: these take about 1 GiB at 256 pixels
-
-# Unscaled latents, float32 (N, C, h, w) on the autoencoder's device, and the true masks, bool (N, S, S).
+# Unscaled latents, float32 (N, C, h, w) on the autoencoder's device, and the true masks, bool (N, S, S):
+# as many as go through the autoencoder at once.
 Chunk: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
 def exact_latents(autoencoder: AutoencoderKL, masks: Sequence[np.ndarray]) -> Iterator[Chunk]:
     """Encode masks, (S, S) each with values in {0, 1}, a few at a time."""
-    for start in range(0, len(masks), _CHUNK):
-        truth = torch.from_numpy(np.stack(masks[start : start + _CHUNK]))
-        latents = posterior(autoencoder, truth.float().unsqueeze(1).to(autoencoder.device)).mode()
-        yield latents.float(), truth > 0
+    for truth in chunks_of(masks, autoencoder):
+        latents = posterior(autoencoder, truth.to(autoencoder.device)).mode()
+        yield latents.float(), truth[:, 0] > 0.5
 
 
 def predicted_latents(
@@ -59,9 +62,9 @@ def predicted_latents(
         num_inference_steps: reverse steps.
 
     Yields:
-        The latents of a few images, those of all masks of an image together.
+        A few latents; those of all masks of an image come one after another.
     """
-    at_once = max(1, _CHUNK // pipeline.masks_an_image)
+    at_once = max(1, CHUNK_OF_KL // pipeline.masks_an_image)
     chosen = iter(_spread(count, len(slices)))
     while batch := list(islice(chosen, at_once)):
         items = [(slices[position], sample) for position, sample in batch]
@@ -70,8 +73,9 @@ def predicted_latents(
             [(seed, item.case_id, item.slice_index, sample) for item, sample in items],
             num_inference_steps=num_inference_steps,
         )
-        truths = [pipeline.masks_of(item.grid.labels_to_model(item.label_map)) for item, _ in items]
-        yield latents.flatten(0, 1), torch.from_numpy(np.concatenate(truths))
+        masks = [pipeline.masks_of(item.grid.labels_to_model(item.label_map)) for item, _ in items]
+        truths = torch.from_numpy(np.concatenate(masks))
+        yield from zip(latents.flatten(0, 1).split(CHUNK_OF_KL), truths.split(CHUNK_OF_KL), strict=True)
 
 
 def _spread(count: int, length: int) -> list[tuple[int, int]]:
@@ -120,9 +124,8 @@ def ask_teacher(
         differ where the autoencoder does not reproduce it, or the model does not find it.
     """
     for latents, _ in chunks:
-        for part in latents.split(_CHUNK):
-            decoded = decode_latents(autoencoder, part, scale=1.0)[:, 0]
-            yield from zip(part.float().cpu(), decoded.half().cpu(), strict=True)
+        decoded = decode_latents(autoencoder, latents, scale=1.0)[:, 0]
+        yield from zip(latents.float().cpu(), decoded.half().cpu(), strict=True)
 
 
 def gather_answers(
@@ -236,21 +239,13 @@ def compare_decoders(
     found: list[torch.Tensor] = []
     for latents, truths in chunks:
         filled = truths.flatten(1).any(dim=1)
-        kept = latents[filled.to(latents.device)].split(_CHUNK)
-        for part, truth in zip(kept, truths[filled].split(_CHUNK), strict=True):
-            if not len(part):
-                continue  # nothing splits into one part of nothing
-            small, full = (
-                (decode_latents(network, part, scale=1.0)[:, 0] > 0.5).cpu()
-                for network in (decoder, autoencoder)
-            )
-            found.append(torch.stack([_dice(small, full), _dice(small, truth), _dice(full, truth)], dim=1))
+        if not filled.any():
+            continue
+        kept, truth = latents[filled.to(latents.device)], truths[filled]
+        small, full = (
+            (decode_latents(network, kept, scale=1.0)[:, 0] > 0.5).cpu() for network in (decoder, autoencoder)
+        )
+        pairs = ((small, full), (small, truth), (full, truth))
+        found.append(torch.stack([dice_of_masks(*pair) for pair in pairs], dim=1))
     scores = torch.cat(found).numpy() if found else np.empty((0, 3))
     return DecoderComparison(scores[:, 0], scores[:, 1], scores[:, 2])
-
-
-def _dice(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Dice of masks, bool (N, S, S), float64 (N,); 1 where both are empty."""
-    overlap = (one & other).sum(dim=(1, 2)).double()
-    total = (one.sum(dim=(1, 2)) + other.sum(dim=(1, 2))).double()
-    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0)
